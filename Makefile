@@ -1,0 +1,34 @@
+# make setup | train | test | smoke | lint. Every target prepares .venv on its first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# On a machine with a CUDA device, torch comes without the pin (the pin is the build for machines without one).
+ARGS ?=
+
+.PHONY: setup train test smoke lint clean
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0] + "; set PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[hf,dev]'
+	touch $@
+
+train: $(READY)
+	$(BIN)/mega train configs/quickstart.toml --ranks 2 $(ARGS)
+
+smoke: $(READY)
+	$(BIN)/mega smoke $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""The machines: hardware facts, topology and health."""

@@ -1,0 +1,1 @@
+"""The command line, the whole run's configuration, and the processes it becomes."""

@@ -1,0 +1,1 @@
+"""The decoder and everything that trains, converts and samples it."""

@@ -1,0 +1,1 @@
+"""The decoder: plain torch modules that know no processes, groups or meshes."""

@@ -1,0 +1,1 @@
+"""Training: the one place where model, data, parallelism and machines meet."""

@@ -1,0 +1,1 @@
+"""Worlds of ranks, data parallelism and sharded checkpoints, for any torch module."""
