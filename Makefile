@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# On a machine with a CUDA device, torch comes without the pin (the pin is the build for machines without one).
 ARGS ?=
 
 .PHONY: setup train test smoke lint clean

@@ -1,0 +1,56 @@
+"""Cross-entropy over a large vocabulary without ever holding the logits of the whole batch.
+
+Shape suffixes: T tokens, C tokens of one chunk, D d_model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Makes each chunk's logits once, and its gradients with them, so that the backward neither keeps nor remakes logits."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, w_VD: Tensor, labels_T: Tensor, chunk: int) -> Tensor:
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        weight_VD = w_VD.to(x_TD.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=x_TD.device)
+        grad_x_TD = torch.empty_like(x_TD) if needs_grad else None
+        grad_w_VD = torch.zeros_like(w_VD, dtype=torch.float32) if needs_grad else None
+        for start in range(0, x_TD.shape[0], chunk):
+            x_CD, labels_C = x_TD[start : start + chunk], labels_T[start : start + chunk]
+            valid_C1 = (labels_C >= 0)[:, None]
+            target_C1 = labels_C.clamp_min(0)[:, None]
+            logits_CV = (x_CD @ weight_VD.t()).float()
+            log_sum_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
+            total += ((log_sum_C1 - logits_CV.gather(1, target_C1)) * valid_C1).sum()
+            if grad_x_TD is not None and grad_w_VD is not None:
+                grad_CV = logits_CV.sub_(log_sum_C1).exp_()
+                grad_CV.scatter_add_(1, target_C1, torch.full_like(log_sum_C1, -1.0))
+                grad_CV = grad_CV.mul_(valid_C1).to(x_TD.dtype)
+                torch.mm(grad_CV, weight_VD, out=grad_x_TD[start : start + chunk])
+                grad_w_VD += grad_CV.t() @ x_CD
+        if grad_x_TD is not None and grad_w_VD is not None:
+            ctx.save_for_backward(grad_x_TD, grad_w_VD.to(w_VD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_x_TD, grad_w_VD = ctx.saved_tensors
+        return grad_x_TD * grads[0].to(grad_x_TD.dtype), grad_w_VD * grads[0].to(grad_w_VD.dtype), None, None
+
+
+class ChunkedTokenLoss:
+    """`TokenLoss` of one process: peak memory is that of `chunk` rows of float32 logits, not of the batch."""
+
+    def __init__(self, chunk: int = 1024) -> None:
+        self.chunk = chunk
+
+    def __call__(self, x_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> Tensor:
+        """Sum of -log softmax(x w^T)[label] over tokens with label >= 0, in nats (float32 scalar)."""
+        total: Tensor = _ChunkedCrossEntropy.apply(x_TD, w_VD, labels_T, self.chunk)
+        return total
