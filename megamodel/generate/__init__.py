@@ -1,1 +1,1 @@
-"""Sampling from a decoder."""
+"""Text from a trained decoder: key-value cache and sampling."""
