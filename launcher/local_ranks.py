@@ -1,0 +1,234 @@
+"""Runs N ranks on this machine as child processes, and stands by them until the last has ended.
+
+One child is one rank, told of its place by torchrun's variables. Rank 0 speaks on this terminal; the others write to
+files of their own. Every child leads its own session, so that Ctrl-C reaches it once, through here. A rank that fails
+ends the run: the others get a few seconds, then they are killed, and the first cause is what the user reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.errors import RankError
+from launcher.failure_record import FailureRecord, read_failure
+from launcher.rank_process import EXIT_STOPPED, FAILURE_FILE, SUPERVISOR_PID, stop_signals
+
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grace:
+    """How long the other ranks may take, in seconds."""
+
+    own_end: float = 3.0
+    """After a failure: to fail by themselves, which leaves their account of it."""
+    terminated: float = 6.0
+    """Then: to end on SIGTERM, before they are killed."""
+    stopped: float = 60.0
+    """After one rank has stopped in good order (75): to do the same."""
+
+
+@dataclass(kw_only=True)
+class _Rank:
+    """One child."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path | None
+    failure_file: Path
+    ended_at: float | None = None
+    ended_by_us: bool = False
+
+    def has_ended(self) -> bool:
+        """Looks after the process. Once it has ended, what it started ends too, and its exit code is known."""
+        if self.ended_at is not None:
+            return True
+        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return False
+        self.ended_at = time.monotonic()
+        self._kill_group()  # before it is reaped, so that its id cannot mean anybody else yet
+        self.process.wait()
+        return True
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the rank alone."""
+        if not self.has_ended():
+            os.kill(self.process.pid, number)
+
+    def end_now(self) -> None:
+        """Kills the rank and all that it started."""
+        if not self.has_ended():
+            self.ended_by_us = True
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@dataclass(kw_only=True)
+class _Ranks:
+    """All children, and the state of ending them."""
+
+    ranks: list[_Rank]
+    signals: frozenset[signal.Signals]
+    grace: Grace
+    say: Callable[[str], None]
+    forwarded: set[int] = field(default_factory=set)
+
+    def supervise(self) -> None:
+        """Returns when every rank has ended."""
+        terminated = False
+        while running := [rank for rank in self.ranks if not rank.has_ended()]:
+            arrived = signal.sigtimedwait(self.signals, _POLL_SECONDS)
+            if arrived is not None:
+                self._forward(arrived.si_signo, running)
+            now = time.monotonic()
+            failed = self._first_end(lambda code: code not in (0, EXIT_STOPPED))
+            stopped = self._first_end(lambda code: code == EXIT_STOPPED)
+            if failed is not None and now > failed + self.grace.own_end and not terminated:
+                terminated = True
+                for rank in running:
+                    rank.ended_by_us = True
+                    rank.signal(signal.SIGTERM)
+            late = failed is not None and now > failed + self.grace.own_end + self.grace.terminated
+            if late or (stopped is not None and now > stopped + self.grace.stopped):
+                for rank in running:
+                    rank.end_now()
+
+    def _first_end(self, match: Callable[[int], bool]) -> float | None:
+        ends = [rank.ended_at for rank in self.ranks if rank.ended_at is not None and match(rank.process.returncode)]
+        return min(ends, default=None)
+
+    def _forward(self, number: int, running: Sequence[_Rank]) -> None:
+        """Passes a stop signal on, each kind once. A second Ctrl-C means: at once, without saving."""
+        if number in self.forwarded:
+            if number == signal.SIGINT:
+                self.say("Ending at once. The last complete checkpoint stays.")
+                for rank in running:
+                    rank.end_now()
+            return
+        self.forwarded.add(number)
+        if number == signal.SIGINT:
+            self.say("Stopping after this step and saving; Ctrl-C again ends at once.")
+        for rank in running:
+            rank.signal(signal.SIGTERM if number == signal.SIGHUP else number)
+
+
+def run_local_ranks(
+    arguments: Sequence[str],
+    *,
+    num_ranks: int,
+    log_directory: Path,
+    environ: Mapping[str, str],
+    num_cores: int,
+    say: Callable[[str], None],
+    command: Sequence[str] = (sys.executable, "-m", "launcher"),
+    grace: Grace | None = None,
+) -> int:
+    """Runs `command arguments` as `num_ranks` ranks; returns 0, or 75 when they stopped early after saving.
+
+    Rank R > 0 writes to `log_directory/rank-R.log`, and every failing rank its reason to `rank-R.failure.json`.
+    Cores are shared out through OMP_NUM_THREADS, unless `environ` sets it. `say` gets lines for the user.
+
+    Must be called from the main thread. Raises RankError with the first cause when a rank fails.
+    """
+    signals = stop_signals()
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    started: list[_Rank] = []
+    try:
+        shared = {
+            **environ,
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, num_cores // num_ranks)),
+            SUPERVISOR_PID: str(os.getpid()),
+        }
+        for number in range(num_ranks):
+            started.append(_start((*command, *arguments), number, shared, log_directory))
+        ranks = _Ranks(ranks=started, signals=signals, grace=grace or Grace(), say=say)
+        ranks.supervise()
+        return _outcome(started, stop_asked=bool(ranks.forwarded))
+    finally:
+        for rank in started:
+            rank.end_now()
+            rank.process.wait()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
+
+
+def _start(command: Sequence[str], number: int, shared: Mapping[str, str], log_directory: Path) -> _Rank:
+    failure_file = log_directory / f"rank-{number}.failure.json"
+    environ = {**shared, "RANK": str(number), "LOCAL_RANK": str(number), FAILURE_FILE: str(failure_file.absolute())}
+    log = log_directory / f"rank-{number}.log" if number > 0 else None
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("wb")) if log else None
+        process = subprocess.Popen(
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            start_new_session=True,
+        )
+    return _Rank(number=number, process=process, log=log, failure_file=failure_file)
+
+
+def _outcome(ranks: Sequence[_Rank], *, stop_asked: bool) -> int:
+    """The exit code of the run; raises RankError where a rank failed."""
+    codes = [rank.process.returncode for rank in ranks]
+    failed = [rank for rank in ranks if rank.process.returncode not in (0, EXIT_STOPPED)]
+    if EXIT_STOPPED in codes and all(rank.ended_by_us for rank in failed):
+        return EXIT_STOPPED
+    if not failed:
+        return 0
+    if stop_asked and all(rank.ended_by_us for rank in failed):
+        raise RankError("ended before a checkpoint was saved; the same command continues from the last complete one")
+    first = min(failed, key=_earliness)
+    record = read_failure(first.failure_file)
+    raise RankError(_first_cause(first, record, len(ranks)), exit_code=record.exit_code if record else 1)
+
+
+def _earliness(rank: _Rank) -> tuple[bool, bool, float]:
+    """Orders failures by how likely they are the first cause: ended by us last, then those who lost a peer."""
+    record = read_failure(rank.failure_file)
+    ended_at = time.time() - (time.monotonic() - (rank.ended_at or time.monotonic()))
+    return rank.ended_by_us, record is not None and record.lost_a_peer, record.at if record else ended_at
+
+
+def _first_cause(rank: _Rank, record: FailureRecord | None, num_ranks: int) -> str:
+    who = f"rank {rank.number} of {num_ranks}"
+    where = f" (its log: {rank.log})" if rank.log else ""
+    if record is not None:
+        return "\n".join(filter(None, [record.traceback.rstrip(), f"{who}: {record.message}{where}"]))
+    code = rank.process.returncode
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the kernel does this when memory runs out" if name == "SIGKILL" else ""
+        return f"{who} was killed by {name}{hint}{where}; the same command continues from the last checkpoint"
+    last = _last_line(rank.log)
+    return f"{who} ended with exit code {code}" + (f": {last}" if last else "") + where
+
+
+def _last_line(log: Path | None) -> str:
+    if log is None:
+        return ""
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

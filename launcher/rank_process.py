@@ -1,0 +1,58 @@
+"""The beginning and the end of a process that `launcher.local_ranks` started: one rank of a local run.
+
+`enter()` must be the first thing that such a process does. It came into the world with the stop signals blocked, so
+that none is lost before there is a handler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+SUPERVISOR_PID = "MEGA_SUPERVISOR_PID"
+FAILURE_FILE = "MEGA_FAILURE_FILE"
+EXIT_STOPPED = 75
+
+_PR_SET_PDEATHSIG = 1
+
+
+def stop_signals() -> frozenset[signal.Signals]:
+    """The signals that ask a run to save and stop. A hang-up that `nohup` has silenced stays silent."""
+    asked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    return frozenset(asked if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else asked | {signal.SIGHUP})
+
+
+def failure_file(environ: Mapping[str, str]) -> Path | None:
+    """Where this process leaves the reason of its failure, when a local launcher started it; else None."""
+    return Path(environ[FAILURE_FILE]) if FAILURE_FILE in environ else None
+
+
+def enter(environ: Mapping[str, str]) -> None:
+    """Ties this process to its launcher, and handles stop signals until the trainer does. Else does nothing.
+
+    The kernel kills this process when the launcher dies, however it dies. A stop signal before the first step has
+    nothing to save: the process ends with 75 at once.
+    """
+    if SUPERVISOR_PID not in environ:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(environ[SUPERVISOR_PID]):  # it died before the line above
+        os._exit(1)
+    stop_before_first_step()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+
+
+def stop_before_first_step() -> None:
+    """Installs handlers that end this process with 75; the trainer puts its own, which save, in their place."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(EXIT_STOPPED)
+
+    for number in stop_signals():
+        signal.signal(number, stop)
