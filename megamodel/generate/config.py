@@ -12,8 +12,9 @@ class GenerateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    prompts: list[str] = ["def ", "import ", "class ", "    if "]
-    """Texts to continue; an empty text starts a new document."""
+    prompts: list[str] = ["import", "def main(", "class Node", "    if not"]
+    """Texts to continue; an empty text starts a new document. One that ends in a space is often continued badly, since the
+    space belongs to the next word in most tokenizers."""
     max_new_tokens: int = Field(default=96, gt=0)
     """Most tokens to add to each prompt; a sequence ends earlier at the end-of-text token or the model's max_seq_len."""
     temperature: float = Field(default=0.8, ge=0)
