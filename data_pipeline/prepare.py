@@ -1,0 +1,133 @@
+"""From a corpus to a prepared data set: tokenizer, token shards, manifest. Done once, then shared by all runs.
+
+A data set's name is a hash of the settings and the content that it is made from. It is built in `<name>.partial-<pid>`
+under a lock, and renamed when every byte is on the disk: the name exists only for what is whole.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_pipeline.build import Progress, build
+from data_pipeline.config import DataConfig
+from data_pipeline.corpus import Corpus, open_corpus
+from data_pipeline.errors import DataError
+from data_pipeline.files import sha256_of_file, sha256_of_json, sync_to_disk, write_durably
+from data_pipeline.prepared import PreparedData, load_prepared
+from data_pipeline.tokenizer import tokenizer_file
+
+# Raised when the same settings and content must give other files than before.
+_RECIPE_VERSION = 1
+
+
+def prepare(config: DataConfig, *, progress: Progress | None = None) -> PreparedData:
+    """The data set of a config: opened and verified if it exists, built otherwise.
+
+    Any number of processes may call this at once: one builds, the others wait for it. Raises DataError for a corpus
+    that cannot be used, and for a data set that has been damaged since it was built.
+    """
+    report = progress or (lambda stage, fraction: None)
+    try:
+        report("reading the corpus", 0.0)
+        corpus = open_corpus(config)
+        key = _key(config, corpus)
+        directory = _directory(config, key)
+        if not directory.exists():
+            with _lock(directory.with_name(f"{directory.name}.lock"), report):
+                if not directory.exists():
+                    _build_and_publish(config, corpus, key, directory, report)
+        report("checking the shards", 0.0)
+        prepared = load_prepared(directory)
+        report("ready", 1.0)
+        return prepared
+    except OSError as error:
+        where = error.filename or config.cache_directory
+        raise DataError(
+            f"{where}: {error.strerror or error}: correct it, or set data.path or data.cache_directory"
+        ) from error
+
+
+def open_prepared(config_or_directory: DataConfig | str | Path, *, verify: bool = True) -> PreparedData:
+    """Opens a data set that another process has prepared, and never builds; see `load_prepared` for `verify`."""
+    if not isinstance(config_or_directory, DataConfig):
+        return load_prepared(config_or_directory, verify=verify)
+    config = config_or_directory
+    directory = _directory(config, _key(config, open_corpus(config)))
+    if not directory.exists():
+        raise DataError(
+            f"{directory}: not prepared: run `mega data prepare` first; hosts that share a run also share "
+            "data.cache_directory, or each prepares its own"
+        )
+    return load_prepared(directory, verify=verify)
+
+
+def _directory(config: DataConfig, key: str) -> Path:
+    return Path(config.cache_directory).expanduser() / f"{config.source}-{key[:16]}"
+
+
+def _key(config: DataConfig, corpus: Corpus) -> str:
+    tokenizer = config.tokenizer.model_dump()
+    if config.tokenizer.path is not None:
+        tokenizer = {
+            "sha256": sha256_of_file(tokenizer_file(config.tokenizer.path)),
+            "end_of_text": config.tokenizer.end_of_text,
+        }
+    return sha256_of_json(
+        {
+            "recipe": _RECIPE_VERSION,
+            "source": config.source,
+            "held_out_fraction": config.held_out_fraction,
+            "shard_tokens": config.shard_tokens,
+            "tokenizer": tokenizer,
+            "corpus": _fingerprint(config, corpus),
+        }
+    )
+
+
+def _fingerprint(config: DataConfig, corpus: Corpus) -> str:
+    """The corpus's fingerprint; remembered for as long as sizes and times say that nothing has changed, since reading
+    a large corpus takes hours."""
+    stamp = corpus.stamp()
+    remembered = Path(config.cache_directory).expanduser() / "fingerprints" / stamp
+    if remembered.is_file():
+        return remembered.read_text()
+    fingerprint = corpus.fingerprint()
+    if corpus.stamp() == stamp:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(remembered, fingerprint.encode())
+    return fingerprint
+
+
+@contextmanager
+def _lock(path: Path, report: Progress) -> Iterator[None]:
+    """Held by one process at a time; the system releases it when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report("waiting for another process that prepares the same data", 0.0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build_and_publish(config: DataConfig, corpus: Corpus, key: str, directory: Path, report: Progress) -> None:
+    # The lock is held, so whatever lies here was left by a process that has died.
+    for leftover in directory.parent.glob(f"{directory.name}.partial-*"):
+        shutil.rmtree(leftover)
+    stamp = corpus.stamp()
+    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        build(config, corpus, key, partial, report)
+        if corpus.stamp() != stamp:
+            raise DataError(f"{config.path or config.source}: the corpus changed while it was read: run this again")
+        sync_to_disk(partial)
+        partial.rename(directory)
+        sync_to_disk(directory.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
