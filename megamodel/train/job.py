@@ -1,0 +1,42 @@
+"""What training is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.config import DataConfig
+from megamodel.model.config import ModelConfig
+from megamodel.train.config import TrainConfig
+from parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """Everything that decides a run. Imports without torch."""
+
+    run_directory: Path
+    seed: int
+    device: Literal["auto", "cpu", "cuda"]
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """How a run ended. Losses are in nats a token; `tokens` counts the whole run, `tokens_per_s` this start of it."""
+
+    run_directory: Path
+    steps: int
+    finished: bool
+    """False: stopped early by a signal, after saving."""
+    final_loss: float | None
+    val_loss: float | None
+    val_bits_per_byte: float | None
+    tokens: int
+    tokens_per_s: float | None
+    baselines: dict[str, float]
+    """Bits per byte of general compressors on the same held-out bytes."""

@@ -1,0 +1,65 @@
+"""Which parameter is updated by which rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from megamodel.train.config import OptimizerConfig
+from megamodel.train.muon import Muon
+
+# Lookup tables, scales and the router's small matrix: no direction in them is worth decaying or making orthogonal.
+_UNDECAYED = ("embedding.weight", "lm_head.weight", "norm.weight", "router.weight")
+
+
+class Optimizers:
+    """All optimizers of a run as one: they step, and follow the schedule, together."""
+
+    def __init__(self, members: list[Optimizer]) -> None:
+        self.members = members
+        self._peaks = [[group["lr"] for group in member.param_groups] for member in members]
+
+    def step(self, factor: float) -> None:
+        """Updates every parameter at `factor` times its peak learning rate."""
+        for member, peaks in zip(self.members, self._peaks, strict=True):
+            for group, peak in zip(member.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            member.step()
+
+    def zero_grad(self) -> None:
+        """Drops all gradients."""
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+
+def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: torch.dtype) -> Optimizers:
+    """AdamW, and Muon for the blocks' matrices where `config` says so."""
+    matrices: list[tuple[str, Tensor]] = []
+    others: list[tuple[str, Tensor]] = []
+    for name, parameter in model.named_parameters():
+        (others if name.endswith(_UNDECAYED) else matrices).append((name, parameter))
+    adamw_groups = [{"params": others, "weight_decay": 0.0}]
+    members: list[Optimizer] = []
+    if config.name == "muon":
+        members.append(
+            Muon(
+                matrices,
+                lr=config.muon_lr,
+                momentum=config.muon_momentum,
+                weight_decay=config.weight_decay,
+                dtype=compute_dtype,
+            )
+        )
+    else:
+        adamw_groups.append({"params": matrices, "weight_decay": config.weight_decay})
+    members.append(
+        AdamW(
+            [group for group in adamw_groups if group["params"]],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+    )
+    return Optimizers(members)

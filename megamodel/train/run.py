@@ -1,0 +1,210 @@
+"""A training run, from its configuration to its result. Reads like the summary of what happens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cluster.hardware import cpu_name, published_bf16_peak
+from data_pipeline.dataset import PackedDataset
+from data_pipeline.prepare import prepare
+from data_pipeline.prepared import PreparedData, compression_baselines
+from megamodel.errors import TrainingError
+from megamodel.model.size import model_size, training_flops_per_token
+from megamodel.train.build import build_model, compute_dtype
+from megamodel.train.callbacks.base import Callback, RunFacts
+from megamodel.train.callbacks.progress import ProgressLine
+from megamodel.train.callbacks.records import JsonlRecords, TensorBoardRecords
+from megamodel.train.checkpointing import Progress, RunCheckpoints
+from megamodel.train.job import TrainingJob, TrainingResult
+from megamodel.train.optimizer import build_optimizers
+from megamodel.train.run_directory import RunDirectory
+from megamodel.train.step import TrainStep
+from megamodel.train.trainer import LoopResult, Trainer, TrainingData
+from parallel.checkpoint.directory import CorruptCheckpoint
+from parallel.checkpoint.store import CheckpointStore
+from parallel.world import World, open_world
+
+
+def train(job: TrainingJob, *, console: Console) -> TrainingResult:
+    """Trains, or continues, the run of `job` to its end or to a stop signal. Every rank of the run calls it.
+
+    Raises the user errors of the parts (`exit_code` says how the process should end).
+    """
+    # Before the ranks meet: reading a large corpus may take longer than ranks should wait in a collective.
+    prepared = prepare(job.data, progress=lambda stage, share: _say_stage(console, stage, share))
+    with open_world(device=job.device, timeout_seconds=job.parallel.timeout_seconds) as world:
+        data = _open_data(job, prepared, world)
+        directory = RunDirectory(job.run_directory)
+        callbacks = _callbacks(job, directory, console) if world.is_main else []
+        try:
+            result = _train_in_world(job, prepared, data, world, directory, callbacks)
+        finally:
+            for callback in callbacks:
+                callback.close()
+    return result
+
+
+def _train_in_world(
+    job: TrainingJob,
+    prepared: PreparedData,
+    data: TrainingData,
+    world: World,
+    directory: RunDirectory,
+    callbacks: list[Callback],
+) -> TrainingResult:
+    _check_batch(job, world)
+    built = build_model(job.model, job.train, job.parallel, world=world, seed=job.seed)
+    optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision))
+    step = TrainStep(
+        world=world,
+        decoder=built.decoder,
+        data_parallel=built.data_parallel,
+        optimizers=optimizers,
+        max_norm=job.train.clip_grad_norm,
+    )
+    with CheckpointStore(directory.checkpoints, world, keep_last=job.train.checkpoint.keep_last) as store:
+        checkpoints = RunCheckpoints(
+            store=store,
+            world=world,
+            built=built,
+            optimizers=optimizers,
+            job=job,
+            manifest_hash=prepared.manifest_hash,
+        )
+        progress = checkpoints.restore(on_corrupt=lambda corrupt: _tell_corrupt(callbacks, corrupt))
+        if progress.step >= job.train.steps:
+            return _result(job, prepared, directory, LoopResult.already_finished(progress))
+        if world.is_main:
+            directory.forget_metrics_after(progress.step)
+        _tell_start(callbacks, progress, built.notice)
+        trainer = Trainer(
+            world=world,
+            config=job.train,
+            built=built,
+            step=step,
+            data=data,
+            checkpoints=checkpoints,
+            callbacks=callbacks,
+            facts=_facts(job, world, progress),
+            progress=progress,
+        )
+        ended = trainer.run()
+    _tell_end(callbacks, ended)
+    return _result(job, prepared, directory, ended)
+
+
+def _open_data(job: TrainingJob, prepared: PreparedData, world: World) -> TrainingData:
+    if prepared.manifest.vocab_size > job.model.vocab_size:
+        raise TrainingError(
+            f"{prepared.tokenizer_path} has {prepared.manifest.vocab_size} tokens, and model.vocab_size is "
+            f"{job.model.vocab_size}: set model.vocab_size to at least {prepared.manifest.vocab_size}"
+        )
+    bytes_of_token_V = torch.zeros(job.model.vocab_size, dtype=torch.int64)
+    bytes_of_token_V[: len(prepared.token_bytes)] = torch.from_numpy(prepared.token_bytes).long()
+    held_out = "held_out" in prepared.manifest.splits and prepared.manifest.splits["held_out"].num_tokens > 0
+    return TrainingData(
+        train=PackedDataset(prepared, "train", job.data.seq_len),
+        held_out=PackedDataset(prepared, "held_out", job.data.seq_len) if held_out else None,
+        bytes_of_token_V=bytes_of_token_V.to(world.device),
+        document_mask=job.data.document_mask,
+        seed=job.seed,
+    )
+
+
+def _check_batch(job: TrainingJob, world: World) -> None:
+    micro = job.train.micro_batch_size or 1
+    if job.train.global_batch_size % (micro * world.world_size):
+        raise TrainingError(
+            f"train.global_batch_size ({job.train.global_batch_size}) must be a multiple of ranks * micro_batch_size "
+            f"({world.world_size} * {micro}): change one of the three"
+        )
+
+
+def _callbacks(job: TrainingJob, directory: RunDirectory, console: Console) -> list[Callback]:
+    callbacks: list[Callback] = [
+        ProgressLine(console, every_steps=job.train.log.every_steps),
+        JsonlRecords(directory),
+    ]
+    if job.train.log.tensorboard:
+        callbacks.append(TensorBoardRecords(directory))
+    return callbacks
+
+
+def _facts(job: TrainingJob, world: World, progress: Progress) -> RunFacts:
+    size = model_size(job.model)
+    on_cuda = world.device.type == "cuda"
+    device_name = torch.cuda.get_device_name(world.device) if on_cuda else cpu_name()
+    peak = published_bf16_peak(device_name) if on_cuda and job.train.precision == "bf16" else None
+    source = f"{peak / 1e12:,.0f} TFLOP/s, the published dense bf16 peak of {device_name}" if peak else None
+    return RunFacts(
+        total_steps=job.train.steps,
+        first_step=progress.step + 1,
+        num_parameters=size.total,
+        num_active_parameters=size.active,
+        flops_per_token=training_flops_per_token(job.model, job.data.seq_len),
+        peak_flops=peak * world.world_size if peak else None,
+        peak_source=f"{source}, times {world.world_size} rank(s)" if source else None,
+        world_size=world.world_size,
+        device_name=device_name,
+    )
+
+
+def _tell_start(callbacks: list[Callback], progress: Progress, notice: str | None) -> None:
+    for callback in callbacks:
+        if progress.step:
+            callback.on_event("resume", step=progress.step, message=f"continuing after step {progress.step}")
+        else:
+            callback.on_event("start", step=0)
+        if notice is not None:
+            callback.on_event("notice", message=notice)
+
+
+def _tell_corrupt(callbacks: list[Callback], corrupt: CorruptCheckpoint) -> None:
+    message = (
+        f"the checkpoint of step {corrupt.step} is corrupt ({'; '.join(corrupt.problems)}); set aside as {corrupt.path}"
+    )
+    for callback in callbacks:
+        callback.on_event("corrupt_checkpoint", step=corrupt.step, message=message)
+
+
+def _tell_end(callbacks: list[Callback], ended: LoopResult) -> None:
+    for callback in callbacks:
+        if ended.stopped_by is None:
+            callback.on_event("end", step=ended.progress.step)
+        else:
+            message = (
+                f"stopped by {ended.stopped_by} after step {ended.progress.step}; saved. The same command continues"
+            )
+            callback.on_event("stop", step=ended.progress.step, signal=ended.stopped_by, message=message)
+
+
+def _result(job: TrainingJob, prepared: PreparedData, directory: RunDirectory, ended: LoopResult) -> TrainingResult:
+    """What the loop found; what an earlier start found where this one had nothing left to do."""
+    final_loss = ended.final_loss
+    val_loss = ended.validation.loss if ended.validation else None
+    val_bits_per_byte = ended.validation.bits_per_byte if ended.validation else None
+    if ended.final_loss is None:
+        for line in directory.read_metrics():
+            final_loss = line.get("loss", final_loss)
+            val_loss = line.get("val_loss", val_loss)
+            val_bits_per_byte = line.get("val_bits_per_byte", val_bits_per_byte)
+    return TrainingResult(
+        run_directory=Path(job.run_directory),
+        steps=ended.progress.step,
+        finished=ended.progress.step >= job.train.steps,
+        final_loss=final_loss,
+        val_loss=val_loss,
+        val_bits_per_byte=val_bits_per_byte,
+        tokens=ended.progress.tokens,
+        tokens_per_s=ended.tokens_per_s,
+        baselines=compression_baselines(prepared),
+    )
+
+
+def _say_stage(console: Console, stage: str, share: float) -> None:
+    """Stages as they begin; shares in between would only scroll by."""
+    if share == 0.0:
+        console.print(f"data: {stage}", highlight=False, markup=False)
