@@ -1,0 +1,1 @@
+"""Sharded checkpoints: `directory` (what is on disk, without torch), `store` (save and load), `training_state`."""

@@ -1,0 +1,324 @@
+"""Saves and loads sharded checkpoints of any state, on any number of ranks: torch.distributed.checkpoint's bytes in a
+`CheckpointDirectory`.
+
+An asynchronous save holds training up only while each rank copies its share into CPU memory; a thread then writes,
+reads the files back to hash them, and commits, talking to the other ranks over a process group of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from parallel.checkpoint.agreement import on_every_rank, on_main
+from parallel.checkpoint.directory import (
+    CheckpointDirectory,
+    CheckpointInfo,
+    CorruptCheckpoint,
+    FileRecord,
+    find_problems,
+    record_file,
+)
+from parallel.checkpoint.staging import FlatState, StagedPlanner, StagingBuffers, WriteShares, flatten, local_part
+from parallel.errors import CheckpointError, CorruptCheckpointError
+from parallel.world import World
+
+_log = logging.getLogger(__name__)
+_GRACE_SECONDS = 30.0
+PER_RANK = "per_rank."
+"""Entries below `per_rank` belong to one rank (its random state, say): see `CheckpointStore.load`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTensor:
+    """A tensor of a checkpoint: its global shape and its type."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedState:
+    """`state` has the nesting of what was asked for: the same tensors, now filled, and the loaded objects. `missing`
+    names the `per_rank` entries that the checkpoint lacks; they keep the values that they had."""
+
+    state: dict[str, Any]
+    missing: tuple[str, ...]
+
+
+class SaveHandle:
+    """One save under way. `wait` gives the complete checkpoint, or raises what went wrong."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._info: CheckpointInfo | None = None
+        self._error: CheckpointError | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._ended.is_set()
+
+    def finished_within(self, seconds: float) -> bool:
+        """Waits at most `seconds` for the save to end, well or not."""
+        return self._ended.wait(seconds)
+
+    def wait(self) -> CheckpointInfo:
+        """Returns once the checkpoint is complete. Raises `CheckpointError` if it never will be."""
+        self._ended.wait()
+        if self._info is None:
+            raise self._error or CheckpointError("the save ended without a result")
+        return self._info
+
+    def _run(self, save: Callable[[], CheckpointInfo]) -> None:
+        try:
+            self._info = save()
+        except CheckpointError as error:
+            self._error = error
+        except BaseException as error:  # DCP's own is a BaseException; and nobody stands above a thread
+            self._error = CheckpointError(f"a checkpoint was not saved: {_root_cause(error)}")
+            self._error.__cause__ = error
+        finally:
+            self._ended.set()
+
+
+class CheckpointStore:
+    """The checkpoints below `root`, for all ranks of `world`. Every method but `poll` is a collective over the world.
+
+    At the start, what a killed run left half-written is removed. `keep_last`: how many complete checkpoints to keep
+    after each save (None: all). Use it in a `with`, which waits for a save under way.
+    """
+
+    def __init__(self, root: Path, world: World, *, keep_last: int | None = None) -> None:
+        self.directory = CheckpointDirectory(root)
+        self._keep_last = keep_last
+        # A saving thread must not share a group with the training thread: their collectives would mix.
+        self._world = replace(world, control_group=world.new_control_group())
+        self._shares = WriteShares()
+        self._buffers = StagingBuffers()
+        self._pending: SaveHandle | None = None
+        for leftover in on_main(self._world, self.directory.clean_up):
+            if world.is_main:
+                _log.warning("removed %s, left by a run that was interrupted while saving", leftover)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif self._pending is not None:
+            # What ended the run matters more than this save; but when the ranks still live, it can be completed.
+            self._pending.finished_within(_GRACE_SECONDS)
+
+    def save(
+        self, step: int, state: Mapping[str, Any], *, metadata: Mapping[str, Any], asynchronous: bool
+    ) -> SaveHandle:
+        """Saves `state` as the checkpoint of `step`, after any save still under way (whose error it raises).
+
+        `state`: nested mappings of tensors, DTensors and picklable objects. What several ranks hold under one name
+        must be equal on all of them; what differs belongs below `per_rank`, under names that differ. `metadata`
+        (JSON) goes into the manifest. A synchronous save raises its own error here, an asynchronous one at the next
+        `poll`, `wait` or `save`. Until that one is done `state` may change, but not its shapes.
+        """
+        self.wait()
+        shares = self._shares.mine(flatten(state), self._world)
+        handle = SaveHandle()
+        if asynchronous:
+            staged = self._buffers.copy(shares)
+            self._pending = handle
+            work = lambda: handle._run(lambda: self._write(step, shares, staged, metadata))  # noqa: E731
+            threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True).start()
+        else:
+            staged = {
+                key: local_part(value) if isinstance(value, torch.Tensor) else value for key, value in shares.items()
+            }
+            handle._run(lambda: self._write(step, shares, staged, metadata))
+            handle.wait()
+        return handle
+
+    def poll(self) -> None:
+        """Raises the error of an asynchronous save that has failed since the last look. Never waits."""
+        if self._pending is not None and self._pending.done:
+            self.wait()
+
+    def wait(self) -> CheckpointInfo | None:
+        """Waits for the save under way and returns its checkpoint; None without one. Raises its `CheckpointError`."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending.wait()
+
+    def latest(self, *, on_corrupt: Callable[[CorruptCheckpoint], None] | None = None) -> CheckpointInfo | None:
+        """The newest checkpoint whose every file matches its manifest, or None. All ranks read a part each.
+
+        A corrupt one that is met on the way is reported (a warning, and `on_corrupt` on every rank), renamed so that
+        it no longer counts, and passed over.
+        """
+        self.wait()
+        for path in on_main(self._world, lambda: self.directory.step_paths()[::-1]):
+            info, problems = self._examine(path)
+            if info is not None and not problems:
+                return info
+            aside = on_main(self._world, partial(self.directory.set_aside, path))
+            corrupt = CorruptCheckpoint(step=int(path.name.removeprefix("step-")), path=aside, problems=tuple(problems))
+            if self._world.is_main:
+                _log.warning(
+                    "checkpoint %s is corrupt (%s): set aside as %s, and passed over", path, "; ".join(problems), aside
+                )
+            if on_corrupt is not None:
+                on_corrupt(corrupt)
+        return None
+
+    def prune(self, keep_last: int) -> tuple[Path, ...]:
+        """Removes all but the newest `keep_last` checkpoints, never the last good one; returns what was removed."""
+        self.wait()
+        return on_main(self._world, lambda: self.directory.prune(keep_last))
+
+    def contents(self, info: CheckpointInfo) -> dict[str, SavedTensor | None]:
+        """The name of every entry in a checkpoint, with its shape and type, or None for an object. No collective."""
+        return {
+            key: SavedTensor(shape=entry.size, dtype=entry.properties.dtype)
+            if isinstance(entry, TensorStorageMetadata)
+            else None
+            for key, entry in dcp.FileSystemReader(info.path).read_metadata().state_dict_metadata.items()
+        }
+
+    def load(self, info: CheckpointInfo, state: Mapping[str, Any]) -> LoadedState:
+        """Fills the tensors of `state` in place from the checkpoint, on any number of ranks and any sharding.
+
+        Objects are returned, not changed in place. Names, shapes and types must agree exactly with what was saved,
+        over all ranks together, or `CheckpointError` says what does not. Only entries below `per_rank` may be
+        missing, since another number of ranks has others. The files are not verified here: `latest` does that.
+        """
+        self.wait()
+        flat = flatten(state)
+        saved = self.contents(info)
+        missing = tuple(key for key in flat if key not in saved and key.startswith(PER_RANK))
+        wanted = {key: value for key, value in flat.items() if key not in missing}
+        problems = _differences(wanted, saved)
+        asked: set[str] = set()
+        for rank, (keys, found) in enumerate(self._world.all_gather_object((list(wanted), problems))):
+            asked |= set(keys)
+            problems = problems or [f"rank {rank}: {problem}" for problem in found]
+        unread = sorted(key for key in saved if key not in asked and not key.startswith(PER_RANK))
+        if unread:
+            problems = [*problems, f"it has {_some(unread)}, which this run does not"]
+        if problems:
+            raise CheckpointError(
+                f"checkpoint {info.path} does not fit this run: {'; '.join(problems)}. "
+                "Continue with the configuration that it was saved with, or start a run of another name"
+            )
+        _quiet_single_process()
+        try:
+            dcp.load(
+                wanted,
+                storage_reader=dcp.FileSystemReader(info.path),
+                planner=DefaultLoadPlanner(flatten_state_dict=False),
+                process_group=self._world.control_group,
+                no_dist=self._world.control_group is None,
+            )
+        except CheckpointException as error:
+            raise CheckpointError(f"checkpoint {info.path} cannot be loaded: {_root_cause(error)}") from error
+        return LoadedState(state=_nested_like(state, wanted), missing=missing)
+
+    def _write(self, step: int, shares: FlatState, staged: FlatState, metadata: Mapping[str, Any]) -> CheckpointInfo:
+        """Writes, hashes and commits one checkpoint. Runs on every rank at once; all succeed, or all raise."""
+        world = self._world
+        target = on_main(world, partial(self.directory.begin, step))
+        _quiet_single_process()
+        dcp.save(
+            shares,
+            storage_writer=dcp.FileSystemWriter(target, sync_files=True),
+            planner=StagedPlanner(staged),
+            process_group=world.control_group,
+            no_dist=world.control_group is None,
+        )
+        files: dict[str, FileRecord] = {}
+        for record in on_every_rank(world, lambda: _record_own_files(target, world.rank)):
+            files |= record
+        return on_main(world, lambda: self._commit(step, files, metadata))
+
+    def _commit(self, step: int, files: Mapping[str, FileRecord], metadata: Mapping[str, Any]) -> CheckpointInfo:
+        info = self.directory.commit(step, world_size=self._world.world_size, metadata=metadata, files=files)
+        if self._keep_last is not None:
+            self.directory.prune(self._keep_last, known_good=info)
+        return info
+
+    def _examine(self, path: Path) -> tuple[CheckpointInfo | None, list[str]]:
+        """The checkpoint at `path` and all its problems, alike on all ranks, each of which reads a part of it."""
+        world = self._world
+
+        def read() -> tuple[CheckpointInfo | None, list[str]]:
+            try:
+                return self.directory.read(path), []
+            except CorruptCheckpointError as error:
+                return None, [str(error)]
+
+        info, problems = on_main(world, read)
+        if info is not None:
+            found = on_every_rank(world, lambda: find_problems(info, part=world.rank, num_parts=world.world_size))
+            problems = sorted({problem for part in found for problem in part})
+        return info, problems
+
+
+def _record_own_files(directory: Path, rank: int) -> dict[str, FileRecord]:
+    """Reads back and records the files that this rank has written. Rank 0 wrote the metadata too."""
+    own = [*directory.glob(f"__{rank}_*.distcp"), *([directory / ".metadata"] if rank == 0 else [])]
+    return {path.name: record_file(path) for path in own}
+
+
+def _differences(wanted: FlatState, saved: Mapping[str, SavedTensor | None]) -> list[str]:
+    """Where the entries asked for are not those of a checkpoint."""
+    lacking = sorted(key for key in wanted if key not in saved)
+    problems = [f"it lacks {_some(lacking)}"] if lacking else []
+    for key, value in wanted.items():
+        if key not in saved:
+            continue
+        here = SavedTensor(shape=value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else None
+        if here != saved[key]:
+            problems.append(f"{key} is {_describe(saved[key])} there and {_describe(here)} here")
+    return problems if len(problems) <= 4 else [*problems[:3], f"and {len(problems) - 3} more differences"]
+
+
+def _describe(entry: SavedTensor | None) -> str:
+    return "no tensor" if entry is None else f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _nested_like(state: Mapping[str, Any], flat: FlatState, prefix: str = "") -> dict[str, Any]:
+    """The nesting of `state` with the values of `flat`, and its own where `flat` has none."""
+    nested: dict[str, Any] = {}
+    for key, value in state.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        nested[key] = _nested_like(value, flat, name) if isinstance(value, Mapping) else flat.get(name, value)
+    return nested
+
+
+def _root_cause(error: BaseException) -> str:
+    """One line. DCP collects the errors of all ranks into one of its own; the first of them says enough."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _quiet_single_process() -> None:
+    """DCP warns whenever there is no process group, and when ranks load different keys; here both are by design."""
+    for message in ("torch.distributed is disabled", "Detected mismatched keys"):
+        warnings.filterwarnings("ignore", message=message)
