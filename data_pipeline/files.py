@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def sync_to_disk(path: Path) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Writes a file; it is on disk on return, and never half-written under its name."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     partial.write_bytes(content)
     sync_to_disk(partial)
     partial.replace(path)

@@ -30,24 +30,20 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     that cannot be used, and for a data set that has been damaged since it was built.
     """
     report = progress or (lambda stage, fraction: None)
-    try:
+    with _system_errors_as_data_errors(config):
         report("reading the corpus", 0.0)
         corpus = open_corpus(config)
         key = _key(config, corpus)
         directory = _directory(config, key)
         if not directory.exists():
             with _lock(directory.with_name(f"{directory.name}.lock"), report):
+                # Another process may have built it while this one waited.
                 if not directory.exists():
                     _build_and_publish(config, corpus, key, directory, report)
         report("checking the shards", 0.0)
         prepared = load_prepared(directory)
         report("ready", 1.0)
         return prepared
-    except OSError as error:
-        where = error.filename or config.cache_directory
-        raise DataError(
-            f"{where}: {error.strerror or error}: correct it, or set data.path or data.cache_directory"
-        ) from error
 
 
 def open_prepared(config_or_directory: DataConfig | str | Path, *, verify: bool = True) -> PreparedData:
@@ -55,13 +51,24 @@ def open_prepared(config_or_directory: DataConfig | str | Path, *, verify: bool 
     if not isinstance(config_or_directory, DataConfig):
         return load_prepared(config_or_directory, verify=verify)
     config = config_or_directory
-    directory = _directory(config, _key(config, open_corpus(config)))
-    if not directory.exists():
-        raise DataError(
-            f"{directory}: not prepared: run `mega data prepare` first; hosts that share a run also share "
-            "data.cache_directory, or each prepares its own"
-        )
-    return load_prepared(directory, verify=verify)
+    with _system_errors_as_data_errors(config):
+        directory = _directory(config, _key(config, open_corpus(config)))
+        if not directory.exists():
+            raise DataError(
+                f"{directory}: not prepared: run `mega data prepare` first; hosts that share a run also share "
+                "data.cache_directory, or each prepares its own"
+            )
+        return load_prepared(directory, verify=verify)
+
+
+@contextmanager
+def _system_errors_as_data_errors(config: DataConfig) -> Iterator[None]:
+    """A full disk, a missing permission and the like, told with the file and the settings that chose it."""
+    try:
+        yield
+    except OSError as error:
+        where, what = error.filename or config.cache_directory, error.strerror or error
+        raise DataError(f"{where}: {what}: mend this, or set data.path or data.cache_directory") from error
 
 
 def _directory(config: DataConfig, key: str) -> Path:

@@ -96,7 +96,11 @@ class TokenStream:
 
     def _map(self, shard: int) -> np.memmap:
         if shard not in self._maps:
-            self._maps[shard] = np.memmap(self._path(shard), self._dtype, mode="r")
+            path = self._path(shard)
+            try:
+                self._maps[shard] = np.memmap(path, self._dtype, mode="r")
+            except OSError as error:
+                raise DataError(f"{path}: {error.strerror}: run `mega data prepare` again") from error
         return self._maps[shard]
 
 
