@@ -209,7 +209,7 @@ def _explain(root: type[BaseModel], path: KeyPath, details: list[ErrorDetails]) 
 def _plain(details: ErrorDetails) -> str:
     """Pydantic's message in the words of this report."""
     message = details["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return message.replace("Input should be", "must be").replace("String should have", "must have")
+    return message.replace("Input should be", "must be").replace("String should", "must")
 
 
 def _similar_choice(details: ErrorDetails) -> str:

@@ -52,6 +52,8 @@ class Section:
 
     path: tuple[str, ...]
     doc: str
+    optional: bool
+    """Whether the table may be absent, which means something else than an empty one."""
     settings: tuple[Setting, ...]
 
     @property
@@ -65,10 +67,10 @@ def sections(root: type[BaseModel]) -> Iterator[Section]:
     defaults = _defaults(root)
     for name, field in root.model_fields.items():
         for model in models_in(field.annotation):
-            yield from _sections_of(model, (name,), defaults.get(name), field.description)
+            yield from _sections_of(model, (name,), defaults.get(name), field)
 
 
-def _sections_of(model: type[BaseModel], path: tuple[str, ...], defaults: Any, doc: str | None) -> Iterator[Section]:
+def _sections_of(model: type[BaseModel], path: tuple[str, ...], defaults: Any, at: FieldInfo) -> Iterator[Section]:
     known = defaults if isinstance(defaults, dict) else _defaults(model)
     nested = {name: found for name, field in model.model_fields.items() if (found := models_in(field.annotation))}
     settings = tuple(
@@ -82,10 +84,11 @@ def _sections_of(model: type[BaseModel], path: tuple[str, ...], defaults: Any, d
         for name, field in model.model_fields.items()
         if name not in nested
     )
-    yield Section(path=path, doc=doc or model.__doc__ or "", settings=settings)
+    optional = type(None) in typing.get_args(at.annotation)
+    yield Section(path=path, doc=at.description or model.__doc__ or "", optional=optional, settings=settings)
     for name, inner_models in nested.items():
         for inner_model in inner_models:
-            yield from _sections_of(inner_model, (*path, name), known.get(name), model.model_fields[name].description)
+            yield from _sections_of(inner_model, (*path, name), known.get(name), model.model_fields[name])
 
 
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:

@@ -14,7 +14,9 @@ class ConfigError(Exception):
 
 
 class RankError(Exception):
-    """A rank of a local run failed; the message names the first cause."""
+    """A rank of a local run failed; the message names the first cause, the exit code is that rank's."""
+
+    exit_code = 1
 
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
@@ -22,6 +24,6 @@ class RankError(Exception):
 
 
 class RunError(Exception):
-    """A run directory lacks what a verb needs."""
+    """A run directory lacks what a verb needs, or something else is in its place."""
 
     exit_code = 1

@@ -49,10 +49,16 @@ def enter(environ: Mapping[str, str]) -> None:
 
 
 def stop_before_first_step() -> None:
-    """Installs handlers that end this process with 75; the trainer puts its own, which save, in their place."""
+    """Installs handlers that end this process with 75; the trainer puts its own, which save, in their place.
+
+    A hang-up counts as SIGTERM, so that losing the terminal saves too.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(EXIT_STOPPED)
 
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
     for number in stop_signals():
-        signal.signal(number, stop)
+        signal.signal(number, hang_up if number == signal.SIGHUP else stop)

@@ -1,0 +1,45 @@
+"""The command line `mega`. Imports no verb's tools: a verb loads torch and the rest when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from launcher import rank_process
+from launcher.verb import as_command
+from launcher.verbs import config, data, doctor, init, train
+
+
+def build_app() -> typer.Typer:
+    """The command line with all its verbs."""
+    app = typer.Typer(
+        name="mega",
+        help="Train large decoders, from a laptop to thousands of GPUs. The same command continues an interrupted run.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad configuration or arguments, 3 a check said no, "
+        "75 stopped early after saving.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.command("init")(as_command(init.init))
+    app.command("doctor")(as_command(doctor.doctor))
+    app.add_typer(_group("config", config.VERBS, "Show, explain or check a configuration."))
+    app.add_typer(_group("data", data.VERBS, "Prepare a data set, or describe a prepared one."))
+    app.command("train")(as_command(train.train))
+    return app
+
+
+def _group(name: str, verbs: dict, help_text: str) -> typer.Typer:
+    group = typer.Typer(name=name, help=help_text, no_args_is_help=True)
+    for verb_name, verb in verbs.items():
+        group.command(verb_name)(as_command(verb))
+    return group
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m launcher`."""
+    rank_process.enter(os.environ)
+    sys.exit(build_app()())

@@ -1,0 +1,59 @@
+"""What a verb says: tables and lines for people, or one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+
+class Output:
+    """Where a verb's words go. With `as_json` standard output gets exactly one object, and all else goes to stderr."""
+
+    def __init__(self, *, as_json: bool, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.as_json = as_json
+        self._out = out or sys.stdout
+        self._err = err or sys.stderr
+        self._people = self._err if as_json else self._out
+
+    def say(self, text: str = "") -> None:
+        """One or more lines for people."""
+        self._write(self._people, text)
+
+    def warn(self, text: str) -> None:
+        """A line about what went wrong or was changed; always on stderr."""
+        self._write(self._err, text)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table for people: drawn on a terminal, aligned plain lines elsewhere."""
+        if self._people.isatty():
+            from rich.console import Console
+            from rich.table import Table
+            from rich.text import Text
+
+            table = Table(*columns)
+            for row in rows:
+                table.add_row(*map(Text, row))
+            Console(file=self._people).print(table)
+            return
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
+        for row in (columns, *rows):
+            self.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+    def progress(self, stage: str, fraction: float) -> None:
+        """How far a stage has come, 0 to 1: one line that is redrawn on a terminal; elsewhere a line when it starts."""
+        if self._err.isatty():
+            self._err.write(f"\r\x1b[K{stage}: {fraction:.0%}" + ("\n" if fraction >= 1 else ""))
+            self._err.flush()
+        elif fraction <= 0:
+            self._write(self._err, f"{stage} ...")
+
+    def result(self, data: Mapping[str, Any]) -> None:
+        """The verb's result, once; nothing without --json, since people have read it already."""
+        if self.as_json:
+            self._write(self._out, json.dumps(data, default=str))
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        stream.write(f"{text}\n")
+        stream.flush()

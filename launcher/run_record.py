@@ -1,0 +1,112 @@
+"""A run's folder as the command line sees it: its resolved configuration, its attempts, and finding it again."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.config import RunConfig, load_run_config, resolved_toml
+from launcher.config_loading import LoadedConfig
+from launcher.errors import ConfigError, RunError
+from launcher.toml_writing import value_to_toml
+from megamodel.train.run_directory import RunDirectory
+
+# With checkpoints there, another value of these would make another run of it. (The trainer compares the data's content
+# itself, so where the text lies may change.)
+_SETTLED = ("model", "data", "run.seed", "train.optimizer.name")
+_FREE = ("model.preset", "data.cache_directory", "data.path", "data.file_pattern")
+
+
+def record_config(loaded: LoadedConfig[RunConfig]) -> list[str]:
+    """Writes the resolved configuration into the run's folder; returns a line for each key that it changes.
+
+    Raises ConfigError when the run has checkpoints and the configuration no longer means the same model or data.
+    """
+    config = loaded.config
+    directory = RunDirectory(config.run_directory)
+    earlier = _flat(tomllib.loads(directory.config.read_text(encoding="utf-8"))) if directory.config.exists() else {}
+    text = resolved_toml(config)
+    now = _flat(tomllib.loads(text))
+    keys = dict.fromkeys((*now, *earlier)) if earlier else {}
+    changes = {key: (earlier.get(key), now.get(key)) for key in keys if earlier.get(key) != now.get(key)}
+    settled = [key for key in changes if _within(key, _SETTLED) and not _within(key, _FREE)]
+    if settled and any(directory.checkpoints.glob("step-*")):
+        problems = tuple(f"{_source(loaded, key)}: {_describe(key, *changes[key])}" for key in settled)
+        listing = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigError(
+            f"{directory.root} has checkpoints of another configuration:\n{listing}\n"
+            "Put these back to continue it, or start another run with --set run.name=...",
+            problems,
+        )
+    directory.root.mkdir(parents=True, exist_ok=True)
+    partial = directory.config.with_suffix(".toml.partial")
+    partial.write_text(f"# Resolved configuration of this run: `mega train` with this file repeats it.\n{text}")
+    os.replace(partial, directory.config)
+    return [_describe(key, *pair) for key, pair in changes.items()]
+
+
+def new_attempt(directory: RunDirectory) -> Path:
+    """A new folder `logs/attempt-K` for the logs of this start of the run."""
+    directory.logs.mkdir(parents=True, exist_ok=True)
+    names = (path.name.removeprefix("attempt-") for path in directory.logs.glob("attempt-*"))
+    taken = [int(name) for name in names if name.isdecimal()]
+    number = max(taken, default=0) + 1
+    while True:
+        attempt = directory.logs / f"attempt-{number}"
+        try:
+            attempt.mkdir()
+            return attempt
+        except FileExistsError:  # another start of the same run, at the same time
+            number += 1
+
+
+def find_run(run: Path) -> RunDirectory:
+    """The run that `run` names: its folder, or its name where it lies in `runs/`.
+
+    Raises RunError where there is no run, naming the most similar one.
+    """
+    for candidate in (run, Path("runs") / run):
+        if (candidate / "config.toml").is_file():
+            return RunDirectory(candidate)
+    if run.is_dir():
+        raise RunError(f"{run}: is not the folder of a run, which holds config.toml")
+    around = run.parent if run.parent != Path() else Path("runs")
+    known = [path.parent.name for path in around.glob("*/config.toml")]
+    close = difflib.get_close_matches(run.name, known, n=1, cutoff=0.5)
+    mend = f"did you mean {around / close[0]}?" if close else "`mega train` makes one"
+    raise RunError(f"{run}: there is no such run; {mend}")
+
+
+def read_config(directory: RunDirectory) -> RunConfig:
+    """The resolved configuration of a run, as it would start now. Raises ConfigError where it is damaged."""
+    return load_run_config([directory.config]).config
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    def leaves(inner: dict[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+        for key, value in inner.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{path}{key}.")
+            else:
+                yield f"{path}{key}", value
+
+    return dict(leaves(table, prefix))
+
+
+def _within(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _source(loaded: LoadedConfig[RunConfig], key: str) -> str:
+    parts = key.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((loaded.origins[prefix] for prefix in prefixes if prefix in loaded.origins), "defaults")
+
+
+def _describe(key: str, before: Any, now: Any) -> str:
+    show = [value_to_toml(value) if value is not None else "not set" for value in (before, now)]
+    return f"{key} = {show[1]}, but was {show[0]}"

@@ -1,0 +1,169 @@
+"""`mega train`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.hardware import num_usable_cores
+from launcher.config import RunConfig, load_run_config
+from launcher.config_loading import LoadedConfig
+from launcher.errors import ConfigError
+from launcher.local_ranks import run_local_ranks
+from launcher.output import Output
+from launcher.place import Place, find_place, ranks_to_start
+from launcher.rank_process import EXIT_STOPPED, stop_before_first_step
+from launcher.run_record import new_attempt, record_config
+from launcher.verb import ConfigFiles, NumRanks, Overrides
+from megamodel.train.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from megamodel.train.job import TrainingResult
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run; start nothing.")]
+
+
+def train(
+    out: Output, files: ConfigFiles, overrides: Overrides = None, ranks: NumRanks = None, dry_run: DryRun = False
+) -> int:
+    """Train a run, or continue it: the same command does both. Ctrl-C, SIGTERM and SIGUSR1 save, then end with 75."""
+    place = find_place(os.environ, ranks)
+    loaded = load_run_config(files, overrides or (), num_ranks=place.num_ranks)
+    num_ranks = place.num_ranks
+    if not place.joins and num_ranks > 1:
+        num_ranks = ranks_to_start(num_ranks, device=loaded.config.run.device, environ=os.environ, say=out.warn)
+        if num_ranks != place.num_ranks:
+            loaded = load_run_config(files, overrides or (), num_ranks=num_ranks)
+    _check_packages(loaded.config)
+    if dry_run:
+        return _say_plan(out, loaded.config, num_ranks)
+    if place.rank == 0 and not place.child_of_mega:
+        for change in record_config(loaded):
+            out.say(f"changed since the last start: {change}")
+    if place.joins or num_ranks == 1:
+        return _train_here(out, loaded, place, files)
+    return _train_in_children(out, loaded.config, files, overrides or (), num_ranks)
+
+
+def _train_in_children(
+    out: Output, config: RunConfig, files: list[Path], overrides: list[str] | tuple[str, ...], num_ranks: int
+) -> int:
+    attempt = new_attempt(RunDirectory(config.run_directory))
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    flags = ["--json"] if out.as_json else []
+    out.say(f"{num_ranks} ranks on this machine; the logs of ranks 1 and up: {attempt}")
+    return run_local_ranks(
+        ["train", *map(str, files), *sets, "--ranks", str(num_ranks), *flags],
+        num_ranks=num_ranks,
+        log_directory=attempt,
+        environ=os.environ,
+        num_cores=num_usable_cores(),
+        say=out.warn,
+    )
+
+
+def _train_here(out: Output, loaded: LoadedConfig[RunConfig], place: Place, files: list[Path]) -> int:
+    """One rank: trains together with the others, then rank 0 alone samples and exports."""
+    stop_before_first_step()
+    from rich.console import Console
+
+    from megamodel.train.run import train as train_run
+
+    speaks = place.rank == 0 or place.child_of_mega  # other ranks of `mega --ranks` have a log of their own
+    console = Console(file=sys.stderr if out.as_json else sys.stdout, quiet=not speaks)
+    result = train_run(loaded.config.training_job, console=console)
+    if place.rank == 0:
+        export_path = _finish(out, loaded.config, result) if result.finished else None
+        if result.finished:
+            _say_summary(out, result, export_path, files)
+        out.result(_as_object(result, export_path))
+    return 0 if result.finished else EXIT_STOPPED
+
+
+def _finish(out: Output, config: RunConfig, result: TrainingResult) -> Path | None:
+    """Samples and exports, unless an earlier start has and nothing was trained since; returns the export's folder."""
+    from launcher.finish import export, open_trained, sample
+
+    directory = RunDirectory(config.run_directory)
+    trained_now = result.tokens_per_s is not None
+    target = directory.export / "hf"
+    exported = (target / "config.json").is_file()
+    if not trained_now and (exported or config.export.format == "none"):
+        return target if exported else None
+    run = open_trained(directory, config)
+    for text in sample(run, config.generate):
+        out.say(f"\n--- sample, prompt {text.prompt!r}\n{text.prompt}{text.text}")
+        directory.append_event("sample", step=run.step, prompt=text.prompt, text=text.text)
+    if config.export.format == "none":
+        return None
+    out.say("\nexporting, and checking the export with transformers ...")
+    return export(run, config.export).path
+
+
+def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, files: list[Path]) -> None:
+    root, given = result.run_directory, " ".join(map(str, files))
+    out.say(f"\nFinished: {result.steps:,} steps, {result.tokens:,} tokens.")
+    if result.val_loss is not None and result.val_bits_per_byte is not None:
+        out.say(f"Held-out text: {result.val_loss:.4f} nats a token, {result.val_bits_per_byte:.4f} bits per byte")
+        for name, value in result.baselines.items():
+            out.say(f"  the same bytes with {name.removesuffix('_bits_per_byte')} -9: {value:.4f} bits per byte")
+    places = {
+        "configuration": root / "config.toml",
+        "metrics": root / "metrics.jsonl",
+        "checkpoints": root / "checkpoints",
+        **({"export": export_path} if export_path else {}),
+    }
+    out.say("Where everything is:")
+    for name, path in places.items():
+        out.say(f"  {name:14} {path}")
+    out.say("What to try next:")
+    out.say(f'  mega generate {root} --prompt "def main("')
+    out.say(f"  mega train {given} --set train.steps={2 * result.steps}    # train on")
+    out.say(f"  tensorboard --logdir {root / 'tensorboard'}")
+
+
+def _as_object(result: TrainingResult, export_path: Path | None) -> dict[str, Any]:
+    return {
+        "run_dir": str(result.run_directory),
+        "steps": result.steps,
+        "final_loss": result.final_loss,
+        "val_loss": result.val_loss,
+        "val_bits_per_byte": result.val_bits_per_byte,
+        "tokens": result.tokens,
+        "tokens_per_s": result.tokens_per_s,
+        "finished": result.finished,
+        "export": str(export_path) if export_path else None,
+    }
+
+
+def _say_plan(out: Output, config: RunConfig, num_ranks: int) -> int:
+    directory = RunDirectory(config.run_directory)
+    checkpoints = sorted(path.name for path in directory.checkpoints.glob("step-*"))
+    tokens_per_step = config.train.global_batch_size * config.data.seq_len
+    plan = {
+        "run_dir": str(directory.root),
+        "continues_from": checkpoints[-1] if checkpoints else None,
+        "ranks": num_ranks,
+        "steps": config.train.steps,
+        "tokens_per_step": tokens_per_step,
+        "tokens": tokens_per_step * config.train.steps,
+    }
+    out.table(("what", "value"), [(key.replace("_", " "), str(value)) for key, value in plan.items()])
+    out.say("Nothing was started (--dry-run).")
+    out.result(plan)
+    return 0
+
+
+def _check_packages(config: RunConfig) -> None:
+    """What the run will need at its end must be there at its beginning."""
+    needs = {"transformers": config.export.format == "hf", "datasets": config.data.source == "huggingface"}
+    missing = [package for package, needed in needs.items() if needed and importlib.util.find_spec(package) is None]
+    if missing:
+        asked = {"transformers": 'export.format = "hf"', "datasets": 'data.source = "huggingface"'}
+        listing = ", ".join(f"{asked[package]} needs {package}" for package in missing)
+        raise ConfigError(f"{listing}: not installed; install the extra `hf` (pip install '.[hf]'), or change the key")
