@@ -35,7 +35,7 @@ def reload_logits(folder: Path, tokens_BS: Tensor) -> Tensor:
     had_progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # Whatever goes wrong there, the export is not one that transformers loads.
@@ -43,6 +43,7 @@ def reload_logits(folder: Path, tokens_BS: Tensor) -> Tensor:
     finally:
         if had_progress_bar:
             logging.enable_progress_bar()
+    model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(kind):
             raise ParityError(
