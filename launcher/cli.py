@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 
 import typer
 
 from launcher import rank_process
 from launcher.verb import as_command
-from launcher.verbs import config, data, doctor, init, train
+from launcher.verbs import checkpoint, config, data, doctor, export, generate, init, smoke, train
 
 
 def build_app() -> typer.Typer:
@@ -29,10 +30,14 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("config", config.VERBS, "Show, explain or check a configuration."))
     app.add_typer(_group("data", data.VERBS, "Prepare a data set, or describe a prepared one."))
     app.command("train")(as_command(train.train))
+    app.add_typer(_group("checkpoint", checkpoint.VERBS, "List a run's checkpoints, or verify them."))
+    app.command("generate")(as_command(generate.generate))
+    app.command("export")(as_command(export.export))
+    app.command("smoke")(as_command(smoke.smoke))
     return app
 
 
-def _group(name: str, verbs: dict, help_text: str) -> typer.Typer:
+def _group(name: str, verbs: Mapping[str, Callable[..., int]], help_text: str) -> typer.Typer:
     group = typer.Typer(name=name, help=help_text, no_args_is_help=True)
     for verb_name, verb in verbs.items():
         group.command(verb_name)(as_command(verb))

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from launcher.config import RunConfig
 from megamodel.convert.config import ExportConfig
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from megamodel.convert.export import ExportResult
     from megamodel.generate.text import GeneratedText
     from megamodel.train.trained import TrainedDecoder
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class TrainedRun:
 
 
 def open_trained(
-    directory: RunDirectory, config: RunConfig, *, device: str | None = None, step: int | None = None
-) -> Any:
+    directory: RunDirectory, config: RunConfig, *, device: Device | None = None, step: int | None = None
+) -> TrainedRun:
     """The run with the weights of `step`, or of its newest good checkpoint, on `device` (default: as configured)."""
     from megamodel.train.trained import load_trained
 

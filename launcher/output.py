@@ -14,8 +14,8 @@ class Output:
     def __init__(self, *, as_json: bool, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.as_json = as_json
         self._out = out or sys.stdout
-        self._err = err or sys.stderr
-        self._people = self._err if as_json else self._out
+        self.err = err or sys.stderr
+        self._people = self.err if as_json else self._out
 
     def say(self, text: str = "") -> None:
         """One or more lines for people."""
@@ -23,7 +23,7 @@ class Output:
 
     def warn(self, text: str) -> None:
         """A line about what went wrong or was changed; always on stderr."""
-        self._write(self._err, text)
+        self._write(self.err, text)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table for people: drawn on a terminal, aligned plain lines elsewhere."""
@@ -43,11 +43,11 @@ class Output:
 
     def progress(self, stage: str, fraction: float) -> None:
         """How far a stage has come, 0 to 1: one line that is redrawn on a terminal; elsewhere a line when it starts."""
-        if self._err.isatty():
-            self._err.write(f"\r\x1b[K{stage}: {fraction:.0%}" + ("\n" if fraction >= 1 else ""))
-            self._err.flush()
+        if self.err.isatty():
+            self.err.write(f"\r\x1b[K{stage}: {fraction:.0%}" + ("\n" if fraction >= 1 else ""))
+            self.err.flush()
         elif fraction <= 0:
-            self._write(self._err, f"{stage} ...")
+            self._write(self.err, f"{stage} ...")
 
     def result(self, data: Mapping[str, Any]) -> None:
         """The verb's result, once; nothing without --json, since people have read it already."""

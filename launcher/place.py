@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.hardware import nvidia_accelerators
 from launcher.errors import ConfigError
 from launcher.rank_process import failure_file
 
@@ -63,6 +62,8 @@ def num_usable_gpus(environ: Mapping[str, str]) -> int:
     """GPUs that torch would see, found without importing it: none where it is built without CUDA."""
     if not torch_has_cuda():
         return 0
+    from cluster.hardware import nvidia_accelerators
+
     present = len(nvidia_accelerators())
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or present == 0:

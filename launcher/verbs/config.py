@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.config import RunConfig, load_run_config, resolved_toml
-from launcher.config_tree import nearest_key, sections
+from launcher.config_tree import Section, Setting, nearest_key, sections
 from launcher.errors import ConfigError
 from launcher.output import Output
 from launcher.verb import ConfigFiles, NumRanks, Overrides
@@ -21,6 +20,8 @@ KeyPrefix = Annotated[
 
 def show(out: Output, files: ConfigFiles, overrides: Overrides = None) -> int:
     """Print the resolved configuration: every key, and where each one was set that is not a default."""
+    from launcher.config import load_run_config, resolved_toml
+
     loaded = load_run_config(files, overrides or ())
     out.say(resolved_toml(loaded.config, loaded.origins).rstrip("\n"))
     out.result({"config": loaded.config.as_data(), "origins": dict(loaded.origins)})
@@ -29,15 +30,14 @@ def show(out: Output, files: ConfigFiles, overrides: Overrides = None) -> int:
 
 def schema(out: Output, key: KeyPrefix = None) -> int:
     """Explain every key: what it accepts, its default, and what it does. With --json: the JSON Schema."""
-    if key is not None and not any(
-        _matches(section.key, key) or _keys(section, key) for section in sections(RunConfig)
-    ):
+    from launcher.config import RunConfig
+
+    chosen = [(section, _chosen(section, key)) for section in sections(RunConfig)]
+    if key is not None and not any(settings for _, settings in chosen):
         nearest = nearest_key(RunConfig, tuple(key.split(".")))
         raise ConfigError(f"{key}: there is no such section or key" + (f"; did you mean {nearest}?" if nearest else ""))
-    for section in sections(RunConfig):
-        whole = key is None or _matches(section.key, key)
-        settings = section.settings if whole else _keys(section, key)
-        if whole:
+    for section, settings in chosen:
+        if settings == section.settings:
             out.say(f"[{section.key}]  {_one_line(section.doc)}")
         for setting in settings:
             default = "required" if setting.required else f"default {json.dumps(setting.default)}"
@@ -49,10 +49,11 @@ def schema(out: Output, key: KeyPrefix = None) -> int:
 
 def check(out: Output, files: ConfigFiles, overrides: Overrides = None, ranks: NumRanks = None) -> int:
     """Check a configuration without starting anything; every problem is reported at once."""
+    from launcher.config import load_run_config
+
     loaded = load_run_config(files, overrides or (), num_ranks=ranks or 1)
     world = f"{ranks} ranks" if ranks and ranks > 1 else "1 rank"
-    num_set = sum(1 for key in loaded.origins)
-    out.say(f"{', '.join(map(str, files))}: no problems ({num_set} keys set, for {world})")
+    out.say(f"{', '.join(map(str, files))}: no problems, for {world}")
     out.result({"ok": True, "run_dir": str(loaded.config.run_directory), "ranks": ranks or 1})
     return 0
 
@@ -60,12 +61,11 @@ def check(out: Output, files: ConfigFiles, overrides: Overrides = None, ranks: N
 VERBS: dict[str, Callable[..., int]] = {"show": show, "schema": schema, "check": check}
 
 
-def _matches(key: str, wanted: str) -> bool:
-    return key == wanted or key.startswith(f"{wanted}.")
-
-
-def _keys(section, wanted):
-    return tuple(setting for setting in section.settings if setting.key == wanted)
+def _chosen(section: Section, key: str | None) -> tuple[Setting, ...]:
+    """The settings of a section that `key` names, by themselves or by a section around them."""
+    if key is None or f"{section.key}.".startswith(f"{key}."):
+        return section.settings
+    return tuple(setting for setting in section.settings if setting.key == key)
 
 
 def _one_line(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launcher.config import load_run_config
 from launcher.output import Output
 from launcher.verb import ConfigFiles, Overrides
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 def prepare(out: Output, files: ConfigFiles, overrides: Overrides = None) -> int:
     """Build the data set that a configuration names: corpus, tokenizer, token shards. `mega train` does it too."""
     from data_pipeline.prepare import prepare as prepare_data
+    from launcher.config import load_run_config
 
     config = load_run_config(files, overrides or ()).config
     _describe(out, prepare_data(config.data, progress=out.progress))
@@ -25,6 +25,7 @@ def prepare(out: Output, files: ConfigFiles, overrides: Overrides = None) -> int
 def info(out: Output, files: ConfigFiles, overrides: Overrides = None) -> int:
     """Describe the prepared data set of a configuration, after checking the hash of every shard."""
     from data_pipeline.prepare import open_prepared
+    from launcher.config import load_run_config
 
     config = load_run_config(files, overrides or ()).config
     _describe(out, open_prepared(config.data))
@@ -47,7 +48,8 @@ def _describe(out: Output, prepared: PreparedData) -> None:
         ],
     )
     for name, value in baselines.items():
-        out.say(f"held-out text, {name.replace('_', ' ')}: {value:.3f}")
+        if name.endswith("_bits_per_byte"):
+            out.say(f"held-out text, {name.replace('_', ' ')}: {value:.3f}")
     out.result(
         {
             "directory": str(prepared.directory),

@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from launcher.config import load_run_config
 from launcher.errors import ConfigError
 from launcher.output import Output
-from launcher.starter import STARTING_POINT, starter_toml
 from launcher.verb import Overrides
 
 Target = Annotated[Path, typer.Argument(metavar="FILE.toml", help="File to write; its name becomes the run's name.")]
@@ -20,6 +18,9 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite the file if it i
 
 def init(out: Output, path: Target = Path("mega.toml"), overrides: Overrides = None, force: Force = False) -> int:
     """Write a configuration to start from, with every key explained; --set chooses values."""
+    from launcher.config import load_run_config
+    from launcher.starter import STARTING_POINT, starter_toml
+
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
     starting = (f'run.name="{name}"', *STARTING_POINT, *(overrides or ()))
     loaded = load_run_config((), starting)

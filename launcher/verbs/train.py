@@ -10,19 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.hardware import num_usable_cores
-from launcher.config import RunConfig, load_run_config
-from launcher.config_loading import LoadedConfig
 from launcher.errors import ConfigError
 from launcher.local_ranks import run_local_ranks
 from launcher.output import Output
 from launcher.place import Place, find_place, ranks_to_start
 from launcher.rank_process import EXIT_STOPPED, stop_before_first_step
-from launcher.run_record import new_attempt, record_config
 from launcher.verb import ConfigFiles, NumRanks, Overrides
 from megamodel.train.run_directory import RunDirectory
 
 if TYPE_CHECKING:
+    from launcher.config import RunConfig
+    from launcher.config_loading import LoadedConfig
     from megamodel.train.job import TrainingResult
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run; start nothing.")]
@@ -32,6 +30,9 @@ def train(
     out: Output, files: ConfigFiles, overrides: Overrides = None, ranks: NumRanks = None, dry_run: DryRun = False
 ) -> int:
     """Train a run, or continue it: the same command does both. Ctrl-C, SIGTERM and SIGUSR1 save, then end with 75."""
+    from launcher.config import load_run_config
+    from launcher.run_record import record_config
+
     place = find_place(os.environ, ranks)
     loaded = load_run_config(files, overrides or (), num_ranks=place.num_ranks)
     num_ranks = place.num_ranks
@@ -53,6 +54,9 @@ def train(
 def _train_in_children(
     out: Output, config: RunConfig, files: list[Path], overrides: list[str] | tuple[str, ...], num_ranks: int
 ) -> int:
+    from cluster.hardware import num_usable_cores
+    from launcher.run_record import new_attempt
+
     attempt = new_attempt(RunDirectory(config.run_directory))
     sets = [argument for override in overrides for argument in ("--set", override)]
     flags = ["--json"] if out.as_json else []
@@ -111,7 +115,8 @@ def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, 
     if result.val_loss is not None and result.val_bits_per_byte is not None:
         out.say(f"Held-out text: {result.val_loss:.4f} nats a token, {result.val_bits_per_byte:.4f} bits per byte")
         for name, value in result.baselines.items():
-            out.say(f"  the same bytes with {name.removesuffix('_bits_per_byte')} -9: {value:.4f} bits per byte")
+            if name.endswith("_bits_per_byte"):
+                out.say(f"  the same bytes with {name.removesuffix('_bits_per_byte')} -9: {value:.4f} bits per byte")
     places = {
         "configuration": root / "config.toml",
         "metrics": root / "metrics.jsonl",
