@@ -33,13 +33,14 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
     with _system_errors_as_data_errors(config):
         report("reading the corpus", 0.0)
         corpus = open_corpus(config)
-        key = _key(config, corpus)
+        stamp = corpus.stamp()
+        key = _key(config, corpus, stamp)
         directory = _directory(config, key)
         if not directory.exists():
             with _lock(directory.with_name(f"{directory.name}.lock"), report):
                 # Another process may have built it while this one waited.
                 if not directory.exists():
-                    _build_and_publish(config, corpus, key, directory, report)
+                    _build_and_publish(config, corpus, stamp, key, directory, report)
         report("checking the shards", 0.0)
         prepared = load_prepared(directory)
         report("ready", 1.0)
@@ -52,7 +53,8 @@ def open_prepared(config_or_directory: DataConfig | str | Path, *, verify: bool 
         return load_prepared(config_or_directory, verify=verify)
     config = config_or_directory
     with _system_errors_as_data_errors(config):
-        directory = _directory(config, _key(config, open_corpus(config)))
+        corpus = open_corpus(config)
+        directory = _directory(config, _key(config, corpus, corpus.stamp()))
         if not directory.exists():
             raise DataError(
                 f"{directory}: not prepared: run `mega data prepare` first; hosts that share a run also share "
@@ -75,7 +77,7 @@ def _directory(config: DataConfig, key: str) -> Path:
     return Path(config.cache_directory).expanduser() / f"{config.source}-{key[:16]}"
 
 
-def _key(config: DataConfig, corpus: Corpus) -> str:
+def _key(config: DataConfig, corpus: Corpus, stamp: str) -> str:
     tokenizer = config.tokenizer.model_dump()
     if config.tokenizer.path is not None:
         tokenizer = {
@@ -89,15 +91,14 @@ def _key(config: DataConfig, corpus: Corpus) -> str:
             "held_out_fraction": config.held_out_fraction,
             "shard_tokens": config.shard_tokens,
             "tokenizer": tokenizer,
-            "corpus": _fingerprint(config, corpus),
+            "corpus": _fingerprint(config, corpus, stamp),
         }
     )
 
 
-def _fingerprint(config: DataConfig, corpus: Corpus) -> str:
+def _fingerprint(config: DataConfig, corpus: Corpus, stamp: str) -> str:
     """The corpus's fingerprint; remembered for as long as sizes and times say that nothing has changed, since reading
     a large corpus takes hours."""
-    stamp = corpus.stamp()
     remembered = Path(config.cache_directory).expanduser() / "fingerprints" / stamp
     if remembered.is_file():
         return remembered.read_text()
@@ -121,11 +122,13 @@ def _lock(path: Path, report: Progress) -> Iterator[None]:
         yield
 
 
-def _build_and_publish(config: DataConfig, corpus: Corpus, key: str, directory: Path, report: Progress) -> None:
+def _build_and_publish(
+    config: DataConfig, corpus: Corpus, stamp: str, key: str, directory: Path, report: Progress
+) -> None:
+    """Builds from the corpus as it was at its stamp, from before the key was made, or raises DataError."""
     # The lock is held, so whatever lies here was left by a process that has died.
     for leftover in directory.parent.glob(f"{directory.name}.partial-*"):
         shutil.rmtree(leftover)
-    stamp = corpus.stamp()
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
     partial.mkdir()
     try:

@@ -13,6 +13,7 @@ from data_pipeline.config import DataConfig, TokenizerConfig
 from data_pipeline.corpus import document_hash
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.errors import DataError
+from data_pipeline.file_source import FileCorpus
 from data_pipeline.prepare import open_prepared, prepare
 from data_pipeline.prepared import PreparedData, compression_baselines, load_prepared
 from tests.data_pipeline.corpora import NUM_FILES, document_text, texts_of, tiny, write_jsonl, write_text_folder
@@ -112,6 +113,19 @@ def test_a_changed_corpus_is_prepared_anew_and_documents_keep_their_side(config:
     assert set(texts_of(before, "train")) == set(texts_of(after, "train")) & old
 
 
+def test_an_unchanged_corpus_is_not_read_again(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(config)
+
+    def read_it_all(self: FileCorpus) -> str:
+        raise AssertionError("the corpus was read")
+
+    monkeypatch.setattr(FileCorpus, "fingerprint", read_it_all)
+    assert prepare(config).directory == open_prepared(config).directory == prepared.directory
+    (Path(config.path or "") / "new.txt").write_text("new")
+    with pytest.raises(AssertionError, match="the corpus was read"):
+        prepare(config)
+
+
 def test_equal_records_share_a_side(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [f"text {number % 5}" for number in range(50)])
     prepared = prepare(tiny(tmp_path, tmp_path / "cache", source="jsonl"))
@@ -137,6 +151,7 @@ def test_empty_documents_are_counted_and_left_out(config: DataConfig) -> None:
     prepared = prepare(config.model_copy(update={"held_out_fraction": 0.0}))
     assert prepared.manifest.num_empty_documents == 1
     assert prepared.manifest.splits["train"].num_documents == 10
+    assert sorted(texts_of(prepared, "train")) == sorted(document_text(number) for number in range(10))
 
 
 @pytest.mark.parametrize(
@@ -276,6 +291,21 @@ def test_a_corpus_that_changes_meanwhile_is_refused(config: DataConfig) -> None:
     with pytest.raises(DataError, match="the corpus changed while it was read: run this again"):
         prepare(config, progress=change)
     assert texts_of(prepare(config), "train")
+
+
+def test_a_corpus_that_changes_after_its_fingerprint_is_refused(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fingerprint = FileCorpus.fingerprint
+
+    def then_change(self: FileCorpus) -> str:
+        result = fingerprint(self)
+        (Path(config.path or "") / "a" / "0.txt").write_text("changed")
+        return result
+
+    monkeypatch.setattr(FileCorpus, "fingerprint", then_change)
+    with pytest.raises(DataError, match="the corpus changed while it was read: run this again"):
+        prepare(config)
 
 
 def test_damage_is_named_with_the_mend(config: DataConfig) -> None:
