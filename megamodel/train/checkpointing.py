@@ -49,6 +49,7 @@ class RunCheckpoints:
         self._model = built.decoder
         self._optimizers = optimizers.members
         self._identity = identity(job, manifest_hash)
+        self._model_config = job.model.model_dump(mode="json")
 
     def save(self, progress: Progress, *, record: dict[str, Any], asynchronous: bool) -> SaveHandle:
         """A collective. `record` (JSON) tells whoever reads the manifest how the run stood."""
@@ -56,7 +57,12 @@ class RunCheckpoints:
             **training_state(self._model, self._optimizers),
             "per_rank": {f"rank_{self._world.rank}": {"random": _random_state()}},
         }
-        metadata = {"progress": asdict(progress), "identity": self._identity, "record": record}
+        metadata = {
+            "progress": asdict(progress),
+            "identity": self._identity,
+            "model": self._model_config,
+            "record": record,
+        }
         return self._store.save(progress.step, state, metadata=metadata, asynchronous=asynchronous)
 
     def restore(self, *, on_corrupt: Callable[[CorruptCheckpoint], None]) -> Progress:
@@ -93,7 +99,11 @@ class RunCheckpoints:
 
 def identity(job: TrainingJob, manifest_hash: str) -> dict[str, Any]:
     """What must not change between two starts of a run, flat, by its path in the configuration."""
-    flat = {"run.seed": job.seed, "data.seq_len": job.data.seq_len, "data.document_mask": job.data.document_mask}
+    flat: dict[str, Any] = {
+        "run.seed": job.seed,
+        "data.seq_len": job.data.seq_len,
+        "data.document_mask": job.data.document_mask,
+    }
     flat["train.optimizer.name"] = job.train.optimizer.name
     flat["data (hash of the prepared tokens)"] = manifest_hash
     for key, value in job.model.model_dump(exclude={"preset"}).items():

@@ -78,6 +78,7 @@ def _train_in_world(
         if progress.step >= job.train.steps:
             return _result(job, prepared, directory, LoopResult.already_finished(progress))
         if world.is_main:
+            directory.keep_tokenizer(prepared.tokenizer_path)
             directory.forget_metrics_after(progress.step)
         _tell_start(callbacks, progress, built.notice)
         trainer = Trainer(

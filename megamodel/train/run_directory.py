@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,20 @@ class RunDirectory:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.config = root / "config.toml"
+        self.tokenizer = root / "tokenizer.json"
         self.metrics = root / "metrics.jsonl"
         self.events = root / "events.jsonl"
         self.tensorboard = root / "tensorboard"
         self.checkpoints = root / "checkpoints"
         self.logs = root / "logs"
         self.export = root / "export"
+
+    def keep_tokenizer(self, source: Path) -> None:
+        """Copies the tokenizer here, so that the run can be sampled and exported wherever it is moved."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        partial = self.tokenizer.with_suffix(".json.partial")
+        shutil.copyfile(source, partial)
+        os.replace(partial, self.tokenizer)
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """Complete lines of metrics.jsonl, in order; none where there is no file yet."""

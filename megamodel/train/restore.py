@@ -1,0 +1,76 @@
+"""A trained decoder out of a run's checkpoint, on one process: for sampling, export and inspection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from megamodel.errors import ModelError
+from megamodel.model.config import ModelConfig
+from megamodel.model.decoder import Decoder
+from megamodel.train.run_directory import RunDirectory
+from parallel.checkpoint.directory import CheckpointDirectory, CheckpointInfo
+from parallel.errors import CorruptCheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoredDecoder:
+    """Weights of one checkpoint, float32 on the CPU; `record` is what the run wrote into the manifest."""
+
+    config: ModelConfig
+    decoder: Decoder
+    step: int
+    record: dict[str, Any]
+    corrupt: tuple[str, ...]
+    """Newer checkpoints that were passed over, each with the reason."""
+
+
+def restore_decoder(run: RunDirectory, *, step: int | None = None) -> RestoredDecoder:
+    """The newest good checkpoint of a run, or that of `step`. Changes nothing in the run, which may be training.
+
+    Raises `ModelError` when there is no such checkpoint, `CorruptCheckpointError` when the one asked for is damaged.
+    """
+    info, corrupt = _choose(CheckpointDirectory(run.checkpoints), run, step)
+    config = ModelConfig.model_validate(info.manifest.metadata["model"])
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.to_empty(device="cpu")
+    # Tied embeddings have one name in a checkpoint, and one here.
+    state = {f"model.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    dcp.load(
+        state,
+        storage_reader=dcp.FileSystemReader(info.path),
+        planner=DefaultLoadPlanner(flatten_state_dict=False),
+        no_dist=True,
+    )
+    return RestoredDecoder(
+        config=config, decoder=decoder.eval(), step=info.step, record=info.manifest.metadata, corrupt=corrupt
+    )
+
+
+def _choose(
+    directory: CheckpointDirectory, run: RunDirectory, step: int | None
+) -> tuple[CheckpointInfo, tuple[str, ...]]:
+    if step is not None:
+        path = directory.path_of(step)
+        if not path.is_dir():
+            there = ", ".join(str(info.step) for info in directory.list()) or "none"
+            raise ModelError(f"{run.checkpoints} has no checkpoint of step {step}; there are: {there}")
+        info = directory.read(path)
+        directory.verify(info)
+        return info, ()
+    corrupt = []
+    for path in directory.step_paths()[::-1]:
+        try:
+            info = directory.read(path)
+            directory.verify(info)
+        except CorruptCheckpointError as error:
+            corrupt.append(str(error))
+            continue
+        return info, tuple(corrupt)
+    reason = f"; passed over: {'; '.join(corrupt)}" if corrupt else ""
+    raise ModelError(f"{run.checkpoints} has no complete checkpoint yet{reason}; train first: mega train CONFIG")
