@@ -45,7 +45,8 @@ def generate_text(
     stops at it.
 
     tokenizer_path: a `tokenizer.json`, or a folder that holds one. on_text(row, piece) is called as soon as new text
-    is certain; a piece never ends within a character, and the pieces of a row add up to its text.
+    is certain; a piece never ends within a character, and the pieces of a row add up to its text where that is valid
+    UTF-8 (an untrained model may draw bytes that are not).
     Raises ModelError for a tokenizer that cannot be read or does not fit, a stop that is no token, or a prompt too long.
     """
     tokenizer = load_tokenizer(tokenizer_path)

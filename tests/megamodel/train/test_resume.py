@@ -1,0 +1,158 @@
+"""A run that was interrupted, however, continues as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megamodel.errors import TrainingError
+from megamodel.train.config import TrainConfig
+from megamodel.train.job import TrainingJob, TrainingResult
+from megamodel.train.restore import restore_decoder
+from megamodel.train.run_directory import RunDirectory
+from megamodel.train.step import StepResult, TrainStep
+from parallel.world import World
+from tests.gloo_pool import GlooPool, RankFailureError
+from tests.megamodel.train.jobs import losses, prepared, small_job, train_job
+
+
+class _SignalAtStep:
+    """Sends this process a signal in the middle of its n-th call of the training step."""
+
+    def __init__(self, step: TrainStep, number: int, signal_number: int) -> None:
+        self._step, self._left, self._signal = step, number, signal_number
+
+    def __call__(self, *args: object, **kwargs: object) -> StepResult:
+        self._left -= 1
+        if self._left == 0:
+            os.kill(os.getpid(), self._signal)
+        return self._step(*args, **kwargs)  # type: ignore[arg-type]
+
+
+def _train_with_signal(world: World, job: TrainingJob, rank: int, at_call: int, signal_number: int) -> TrainingResult:
+    """As `train_job`, but one rank gets a signal while it steps."""
+    if world.rank != rank:
+        return train_job(world, job)
+    from megamodel.train import run
+
+    original = run.TrainStep
+    run.TrainStep = lambda **parts: _SignalAtStep(original(**parts), at_call, signal_number)  # type: ignore[assignment,misc]
+    try:
+        return train_job(world, job)
+    finally:
+        run.TrainStep = original  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("at_call", [4, 7])
+def test_after_kill_9_of_a_rank_the_losses_are_bit_equal(
+    gloo_ranks: GlooPool, tmp_path: Path, engine: str, at_call: int
+) -> None:
+    whole = small_job(tmp_path, name="whole", engine=engine)
+    prepared(whole)
+    gloo_ranks(2, train_job, whole)
+    killed = small_job(tmp_path, name="killed", engine=engine)
+    with pytest.raises(RankFailureError) as failure:
+        gloo_ranks(2, _train_with_signal, killed, 1, at_call, signal.SIGKILL)
+    assert 1 in failure.value.died
+    gloo_ranks(2, train_job, killed)
+    assert losses(killed) == losses(whole)
+    assert [step for step, _, _ in losses(killed)] == list(range(1, 13))
+
+
+def test_three_ranks_resume_bit_equal_too(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    """From three ranks on, the order of summation counts: DDP must not regroup its buckets after its first step."""
+    whole = small_job(tmp_path, name="whole", global_batch_size=9)
+    prepared(whole)
+    gloo_ranks(3, train_job, whole)
+    stopped = small_job(tmp_path, name="stopped", global_batch_size=9)
+    results = gloo_ranks(3, _train_with_signal, stopped, 2, 6, signal.SIGUSR1)
+    assert [result.steps for result in results] == [6, 6, 6]
+    gloo_ranks(3, train_job, stopped)
+    assert losses(stopped) == losses(whole)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_any_rank_stops_all_after_saving(gloo_ranks: GlooPool, tmp_path: Path, signal_number: int) -> None:
+    job = small_job(tmp_path, steps=6, checkpoint={"every_steps": 0})
+    prepared(job)
+    results = gloo_ranks(2, _train_with_signal, job, 1, 3, signal_number)
+    assert [(result.steps, result.finished) for result in results] == [(3, False), (3, False)]
+    assert restore_decoder(RunDirectory(job.run_directory)).step == 3
+    finished = gloo_ranks(2, train_job, job)
+    assert [(result.steps, result.finished) for result in finished] == [(6, True), (6, True)]
+
+
+def test_another_number_of_ranks_sees_the_same_batches(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    whole = small_job(tmp_path, name="whole", engine="fsdp2")
+    prepared(whole)
+    gloo_ranks(2, train_job, whole)
+    changed = small_job(tmp_path, name="changed", engine="fsdp2")
+    gloo_ranks(2, _train_with_signal, changed, 0, 6, signal.SIGTERM)
+    gloo_ranks(1, train_job, changed)
+    for (step, loss, norm), (other_step, other_loss, other_norm) in zip(losses(whole), losses(changed), strict=True):
+        assert step == other_step
+        assert other_loss == pytest.approx(loss, rel=1e-5), step
+        assert other_norm == pytest.approx(norm, rel=1e-3), step
+
+
+def test_a_finished_run_says_so_and_keeps_its_figures(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = small_job(tmp_path, steps=4)
+    first = gloo_ranks(1, train_job, job)[0]
+    before = RunDirectory(job.run_directory).metrics.read_bytes()
+    again = gloo_ranks(1, train_job, job)[0]
+    assert again.finished
+    assert (again.final_loss, again.val_loss, again.steps) == (first.final_loss, first.val_loss, 4)
+    assert again.tokens_per_s is None
+    assert RunDirectory(job.run_directory).metrics.read_bytes() == before
+
+
+def test_a_corrupt_newest_checkpoint_is_reported_and_the_one_before_is_taken(
+    gloo_ranks: GlooPool, tmp_path: Path
+) -> None:
+    whole = small_job(tmp_path, name="whole")
+    gloo_ranks(1, train_job, whole)
+    job = small_job(tmp_path, name="damaged")
+    gloo_ranks(1, _train_with_signal, job, 0, 6, signal.SIGTERM)
+    run = RunDirectory(job.run_directory)
+    newest = run.checkpoints / "step-00000006"
+    shard = next(newest.glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    gloo_ranks(1, train_job, job)
+    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "corrupt_checkpoint"] == [6]
+    assert [event["step"] for event in events if event["event"] == "resume"] == [4]
+    assert losses(job) == losses(whole)
+
+
+def test_another_model_or_seed_under_the_same_name_is_refused(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = small_job(tmp_path, steps=2)
+    gloo_ranks(1, train_job, job)
+    other = small_job(tmp_path, steps=4, model={"d_ff": 56})
+    with pytest.raises(RankFailureError, match=r"model\.d_ff was 48 and is 56.*run\.name"):
+        gloo_ranks(1, train_job, replace(other, train=other.train))
+    with pytest.raises(RankFailureError, match=r"run\.seed was 7 and is 8"):
+        gloo_ranks(1, train_job, replace(job, seed=8))
+
+
+def test_more_steps_continue_a_finished_run(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = small_job(tmp_path, steps=3)
+    gloo_ranks(1, train_job, job)
+    longer = replace(job, train=TrainConfig(**{**job.train.model_dump(), "steps": 5}))
+    assert gloo_ranks(1, train_job, longer)[0].steps == 5
+    assert [step for step, _, _ in losses(longer)] == [1, 2, 3, 4, 5]
+
+
+def test_a_batch_that_does_not_divide_is_refused(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = small_job(tmp_path, global_batch_size=6, micro_batch_size=2)
+    prepared(job)
+    with pytest.raises(RankFailureError, match=r"global_batch_size \(6\) must be a multiple of ranks"):
+        gloo_ranks(2, train_job, job)
+    assert TrainingError.exit_code == 1
