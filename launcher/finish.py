@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from launcher.config import RunConfig
 from megamodel.convert.config import ExportConfig
@@ -17,46 +15,39 @@ from megamodel.train.run_directory import RunDirectory
 if TYPE_CHECKING:
     from megamodel.convert.export import ExportResult
     from megamodel.generate.text import GeneratedText
-    from megamodel.train.trained import TrainedDecoder
-
-Device = Literal["auto", "cpu", "cuda"]
+    from megamodel.train.restore import RestoredDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """A run with its weights in memory."""
+    """A run with the weights of one checkpoint in memory."""
 
     directory: RunDirectory
     config: RunConfig
-    trained: TrainedDecoder
-    tokenizer: Path
-
-    @property
-    def step(self) -> int:
-        """The step of the weights."""
-        return self.trained.checkpoint.step
+    restored: RestoredDecoder
 
 
-def open_trained(
-    directory: RunDirectory, config: RunConfig, *, device: Device | None = None, step: int | None = None
-) -> TrainedRun:
-    """The run with the weights of `step`, or of its newest good checkpoint, on `device` (default: as configured)."""
-    from megamodel.train.trained import load_trained
+def open_trained(directory: RunDirectory, config: RunConfig, *, step: int | None = None) -> TrainedRun:
+    """The run with the weights of `step`, or of its newest good checkpoint; a run that still trains is not disturbed.
 
-    trained = load_trained(directory.checkpoints, config.model, device=device or config.run.device, step=step)
-    return TrainedRun(directory=directory, config=config, trained=trained, tokenizer=_own_tokenizer(directory, config))
+    Raises ModelError where there is no such checkpoint, CorruptCheckpointError where the one asked for is damaged.
+    """
+    from megamodel.train.restore import restore_decoder
+
+    return TrainedRun(directory=directory, config=config, restored=restore_decoder(directory, step=step))
 
 
 def sample(
     run: TrainedRun, options: GenerateConfig, *, on_text: Callable[[int, str], None] | None = None
 ) -> list[GeneratedText]:
-    """Continues the prompts of `options`."""
+    """Continues the prompts of `options`, on the device that the run is configured for."""
     from megamodel.generate.text import generate_text
+    from parallel.world import choose_device
 
     return generate_text(
-        run.trained.decoder,
+        run.restored.decoder.to(choose_device(run.config.run.device, 0)),
         options,
-        tokenizer_path=run.tokenizer,
+        tokenizer_path=run.directory.tokenizer,
         end_of_text=run.config.data.tokenizer.end_of_text,
         on_text=on_text,
     )
@@ -69,35 +60,23 @@ def export(run: TrainedRun, options: ExportConfig, *, path: Path | None = None) 
     """
     from megamodel.convert.export import export_hf
 
-    manifest = run.trained.checkpoint.manifest
+    config, restored = run.config, run.restored
     result = export_hf(
-        run.config.model,
-        run.trained.decoder,
+        restored.config,
+        restored.decoder,
         path or run.directory.export / "hf",
-        tokenizer_path=run.tokenizer,
+        tokenizer_path=run.directory.tokenizer,
         record={
-            "run": run.config.run.name,
-            "step": run.step,
-            "tokens": manifest.metadata.get("progress", {}).get("tokens"),
-            **manifest.metadata.get("record", {}),
-            "data": run.config.data.source,
-            "config": run.config.train.model_dump(mode="json", include={"global_batch_size", "precision", "optimizer"}),
+            "run": config.run.name,
+            "step": restored.step,
+            **restored.record["progress"],
+            **restored.record["record"],
+            "data": config.data.source,
+            "train": config.train.model_dump(mode="json", include={"global_batch_size", "precision", "optimizer"}),
         },
         options=options,
-        end_of_text=run.config.data.tokenizer.end_of_text,
-        title=run.config.run.name,
+        end_of_text=config.data.tokenizer.end_of_text,
+        title=config.run.name,
     )
-    run.directory.append_event("export", step=run.step, path=str(result.path))
+    run.directory.append_event("export", step=restored.step, path=str(result.path))
     return result
-
-
-def _own_tokenizer(directory: RunDirectory, config: RunConfig) -> Path:
-    """The run's own copy of its tokenizer, made at its first use, so that the data set may go."""
-    own = directory.root / "tokenizer.json"
-    if not own.is_file():
-        from data_pipeline.prepare import open_prepared
-
-        partial = own.with_suffix(f".partial-{os.getpid()}")
-        shutil.copyfile(open_prepared(config.data, verify=False).tokenizer_path, partial)
-        os.replace(partial, own)
-    return own

@@ -9,17 +9,20 @@ from typing import Any, TextIO
 
 
 class Output:
-    """Where a verb's words go. With `as_json` standard output gets exactly one object, and all else goes to stderr."""
+    """Where a verb's words go. With `as_json` standard output gets exactly one object, and all else goes to stderr.
+
+    `people` is the stream for people, `err` the one for what went wrong.
+    """
 
     def __init__(self, *, as_json: bool, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self.as_json = as_json
         self._out = out or sys.stdout
         self.err = err or sys.stderr
-        self._people = self.err if as_json else self._out
+        self.people = self.err if as_json else self._out
 
     def say(self, text: str = "") -> None:
         """One or more lines for people."""
-        self._write(self._people, text)
+        self._write(self.people, text)
 
     def warn(self, text: str) -> None:
         """A line about what went wrong or was changed; always on stderr."""
@@ -27,7 +30,7 @@ class Output:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table for people: drawn on a terminal, aligned plain lines elsewhere."""
-        if self._people.isatty():
+        if self.people.isatty():
             from rich.console import Console
             from rich.table import Table
             from rich.text import Text
@@ -35,7 +38,7 @@ class Output:
             table = Table(*columns)
             for row in rows:
                 table.add_row(*map(Text, row))
-            Console(file=self._people).print(table)
+            Console(file=self.people).print(table)
             return
         widths = [max(map(len, cells)) for cells in zip(columns, *rows)]
         for row in (columns, *rows):

@@ -9,7 +9,7 @@ import typer
 
 from launcher.output import Output
 from launcher.verb import Overrides
-from launcher.verbs.generate import Run, Step
+from launcher.verbs.generate import Run, Step, tell_passed_over
 
 Format = Annotated[Literal["hf"], typer.Option("--to", help="Format: `hf`, a folder for Hugging Face transformers.")]
 Target = Annotated[Path | None, typer.Option("--output", help="Folder to write. Default: export/hf in the run.")]
@@ -31,7 +31,9 @@ def export(
 
     directory = find_run(run)
     config = load_run_config([directory.config], [*(overrides or ()), f"export.format={to}"]).config
-    result = export_run(open_trained(directory, config, device="cpu", step=step), config.export, path=target)
+    opened = open_trained(directory, config, step=step)
+    tell_passed_over(out, opened)
+    result = export_run(opened, config.export, path=target)
     out.say(
         f"Wrote {result.path}: {result.family}, {result.num_parameters:,} parameters; reloaded by transformers, its "
         f"logits differ by at most {result.max_logit_difference:.1e}."
@@ -39,6 +41,7 @@ def export(
     out.result(
         {
             "path": str(result.path),
+            "step": opened.restored.step,
             "family": result.family,
             "num_parameters": result.num_parameters,
             "max_logit_difference": result.max_logit_difference,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from launcher.output import Output
 from launcher.verb import Overrides
+
+if TYPE_CHECKING:
+    from launcher.finish import TrainedRun
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or its name in runs/.")]
 Step = Annotated[int | None, typer.Option("--step", help="Weights of this step. Default: the newest good checkpoint.")]
@@ -65,6 +68,7 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
+    tell_passed_over(out, opened)
     streams = alone and not out.as_json
     if streams:
         sys.stdout.write(config.generate.prompts[0])
@@ -73,5 +77,13 @@ def generate(
         out.say()
     for text in () if streams else texts:
         out.say(f"--- prompt {text.prompt!r}\n{text.prompt}{text.text}\n")
-    out.result({"run_dir": str(directory.root), "step": opened.step, "texts": [asdict(text) for text in texts]})
+    out.result(
+        {"run_dir": str(directory.root), "step": opened.restored.step, "texts": [asdict(text) for text in texts]}
+    )
     return 0
+
+
+def tell_passed_over(out: Output, run: TrainedRun) -> None:
+    """Says which newer checkpoints were corrupt, so that nobody wonders about the step."""
+    for reason in run.restored.corrupt:
+        out.warn(f"passed over: {reason}")

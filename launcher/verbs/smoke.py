@@ -28,6 +28,8 @@ _SETTINGS = (
     "train.schedule.warmup_steps=0",
     "train.checkpoint.every_steps=2",
     "train.log.every_steps=1",
+    # Compiling takes longer than all the rest.
+    "train.compile=off",
     "generate.max_new_tokens=16",
 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,7 +78,7 @@ def _train_here(out: Output, loaded: LoadedConfig[RunConfig], place: Place, file
     from megamodel.train.run import train as train_run
 
     speaks = place.rank == 0 or place.child_of_mega  # other ranks of `mega --ranks` have a log of their own
-    console = Console(file=sys.stderr if out.as_json else sys.stdout, quiet=not speaks)
+    console = Console(file=out.people, quiet=not speaks)
     result = train_run(loaded.config.training_job, console=console)
     if place.rank == 0:
         export_path = _finish(out, loaded.config, result) if result.finished else None
@@ -102,7 +101,7 @@ def _finish(out: Output, config: RunConfig, result: TrainingResult) -> Path | No
     run = open_trained(directory, config)
     for text in sample(run, config.generate):
         out.say(f"\n--- sample, prompt {text.prompt!r}\n{text.prompt}{text.text}")
-        directory.append_event("sample", step=run.step, prompt=text.prompt, text=text.text)
+        directory.append_event("sample", step=run.restored.step, prompt=text.prompt, text=text.text)
     if config.export.format == "none":
         return None
     out.say("\nexporting, and checking the export with transformers ...")
