@@ -27,6 +27,7 @@ from typing import Any
 MAX_RANKS = 8
 _GRACE_SECONDS = 5.0
 """How long the other ranks may go on after one has failed: they may be about to fail with something to say."""
+_START_SECONDS = 120.0
 
 
 class RankFailureError(AssertionError):
@@ -75,8 +76,12 @@ class GlooPool:
 
         if not 1 <= num_ranks <= MAX_RANKS:
             raise ValueError(f"the pool has 1 to {MAX_RANKS} ranks, not {num_ranks}")
-        while len(self._workers) < num_ranks:
-            self._workers.append(self._start(len(self._workers)))
+        fresh = [self._start(index) for index in range(len(self._workers), num_ranks)]
+        for worker in fresh:  # all start at once, and the time-out counts from when they are ready
+            if not worker.connection.poll(_START_SECONDS):
+                raise RankFailureError(f"{worker.process.name} did not start within {_START_SECONDS:g} s", ())
+            worker.connection.recv()
+        self._workers += fresh
         # The meeting point lives here, on a port that the kernel chose: no two calls can take the same one.
         meeting_point = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
         for rank, worker in enumerate(self._workers[:num_ranks]):
@@ -112,7 +117,7 @@ class GlooPool:
     def _collect(self, num_ranks: int, timeout_s: float) -> list[Any]:
         answers: dict[int, _Answer] = {}
         died: list[int] = []
-        deadline = time.monotonic() + timeout_s + (0 if all(w.stacks.exists() for w in self._workers) else 60.0)
+        deadline = time.monotonic() + timeout_s
         waiting = {worker.connection: rank for rank, worker in enumerate(self._workers[:num_ranks])}
         while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
             for connection in ready:
@@ -138,8 +143,6 @@ class GlooPool:
     def _stacks_of(self, rank: int) -> str:
         """What all threads of a worker are doing, written by itself on a signal, even if it is stuck in C code."""
         worker = self._workers[rank]
-        if not worker.stacks.exists():
-            return "(still starting)"
         os.kill(worker.process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + 2.0
         while worker.stacks.stat().st_size == 0 and time.monotonic() < deadline:
@@ -156,6 +159,7 @@ def _serve(connection: Connection, stacks: str) -> None:
     torch.set_num_threads(1)
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        connection.send("ready")
         while True:
             try:
                 task: _Task = connection.recv()
@@ -165,7 +169,8 @@ def _serve(connection: Connection, stacks: str) -> None:
             try:
                 with (
                     _environment(**task.environment),
-                    open_world(device="cpu", timeout_seconds=task.timeout_s) as world,
+                    # Sooner than the pool's own limit: a rank that waits in vain should say so itself.
+                    open_world(device="cpu", timeout_seconds=0.6 * task.timeout_s) as world,
                 ):
                     answer = _Answer(value=task.function(world, *task.args))
                 connection.send(answer)

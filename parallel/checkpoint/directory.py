@@ -5,7 +5,8 @@
         manifest.json           step, when, on how many ranks, the trainer's own record, size and SHA-256 of every file
         .metadata, *.distcp     torch.distributed.checkpoint's bytes
       latest -> step-00000100   for people; the program itself looks at the steps
-      .partial-step-00000200/   being written, or left by a run that was killed: removed at the next start
+      .partial-step-00000200/   being written, or left by a run that was killed: removed at the next start, as are
+                                .replaced-* and .removed-*, which hold what is on its way out
       corrupt-step-00000150/    found not to match its manifest, and set aside for inspection
 
 Only one run may write to a directory at a time. Every method is for one process (rank 0 of a run); `store` adds ranks.
@@ -32,6 +33,7 @@ _LATEST = "latest"
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL_PREFIX = ".partial-"
 _REPLACED_PREFIX = ".replaced-"
+_REMOVED_PREFIX = ".removed-"
 _CORRUPT_PREFIX = "corrupt-"
 
 
@@ -132,7 +134,12 @@ class CheckpointDirectory:
         """Removes what a killed run left half-done and mends `latest`. Returns what was removed."""
         if not self.root.is_dir():
             return ()
-        leftovers = [path for path in self.root.iterdir() if path.name.startswith((_PARTIAL_PREFIX, _REPLACED_PREFIX))]
+        for path in self.root.glob(f"{_REPLACED_PREFIX}*"):
+            final = self.root / path.name.removeprefix(_REPLACED_PREFIX)
+            if not final.exists():  # killed between the two renames of a replacement: the old one still is whole
+                path.rename(final)
+        unfinished = (_PARTIAL_PREFIX, _REPLACED_PREFIX, _REMOVED_PREFIX)
+        leftovers = [path for path in self.root.iterdir() if path.name.startswith(unfinished)]
         for path in leftovers:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -206,9 +213,9 @@ class CheckpointDirectory:
             older.remove(last_good)
         for info in older:
             # Out of sight first: a kill in the middle of a removal must not leave half a checkpoint under its name.
-            replaced = self.root / f"{_REPLACED_PREFIX}{info.path.name}"
-            info.path.rename(replaced)
-            shutil.rmtree(replaced)
+            removed = self.root / f"{_REMOVED_PREFIX}{info.path.name}"
+            info.path.rename(removed)
+            shutil.rmtree(removed)
         return tuple(info.path for info in older)
 
     def _partial(self, step: int) -> Path:

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from parallel.world import World
 
 FlatState = dict[str, Any]
+_ENVELOPE_BYTES = 1500
+"""About what each entry costs in a file beyond its own bytes. So small entries are shared out evenly too."""
 
 
 def flatten(state: Mapping[str, Any]) -> FlatState:
@@ -72,7 +74,7 @@ def assign_writers(held: list[dict[str, int]]) -> list[set[str]]:
     shares: list[set[str]] = [set() for _ in held]
     for key, ranks in sorted(holders.items(), key=lambda entry: (-held[entry[1][0]][entry[0]], entry[0])):
         writer = min(ranks, key=lambda rank: (burden[rank], rank))
-        burden[writer] += held[writer][key]
+        burden[writer] += held[writer][key] + _ENVELOPE_BYTES
         shares[writer].add(key)
     return shares
 
@@ -116,7 +118,7 @@ class StagedPlanner(DefaultSavePlanner):
     """Plans by the live state (its shapes and shards, which never change) and takes the bytes from its staged copy."""
 
     def __init__(self, staged: FlatState) -> None:
-        super().__init__(flatten_state_dict=False)
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._staged = staged
 
     def lookup_object(self, index: MetadataIndex) -> Any:

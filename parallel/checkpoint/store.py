@@ -226,7 +226,7 @@ class CheckpointStore:
             dcp.load(
                 wanted,
                 storage_reader=dcp.FileSystemReader(info.path),
-                planner=DefaultLoadPlanner(flatten_state_dict=False),
+                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
                 process_group=self._world.control_group,
                 no_dist=self._world.control_group is None,
             )
