@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,14 @@ def restore_decoder(run: RunDirectory, *, step: int | None = None) -> RestoredDe
     decoder.to_empty(device="cpu")
     # Tied embeddings have one name in a checkpoint, and one here.
     state = {f"model.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    dcp.load(
-        state,
-        storage_reader=dcp.FileSystemReader(info.path),
-        planner=DefaultLoadPlanner(flatten_state_dict=False),
-        no_dist=True,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+        dcp.load(
+            state,
+            storage_reader=dcp.FileSystemReader(info.path),
+            planner=DefaultLoadPlanner(flatten_state_dict=False),
+            no_dist=True,
+        )
     return RestoredDecoder(
         config=config, decoder=decoder.eval(), step=info.step, record=info.manifest.metadata, corrupt=corrupt
     )

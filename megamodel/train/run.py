@@ -36,18 +36,22 @@ def train(job: TrainingJob, *, console: Console) -> TrainingResult:
     # Before the ranks meet: reading a large corpus may take longer than ranks should wait in a collective.
     prepared = prepare(job.data, progress=lambda stage, share: _say_stage(console, stage, share))
     with open_world(device=job.device, timeout_seconds=job.parallel.timeout_seconds) as world:
-        data = _open_data(job, prepared, world)
-        directory = RunDirectory(job.run_directory)
-        callbacks = _callbacks(job, directory, console) if world.is_main else []
-        try:
-            result = _train_in_world(job, prepared, data, world, directory, callbacks)
-        finally:
-            for callback in callbacks:
-                callback.close()
-    return result
+        return train_in_world(job, prepared, world, console=console)
 
 
-def _train_in_world(
+def train_in_world(job: TrainingJob, prepared: PreparedData, world: World, *, console: Console) -> TrainingResult:
+    """`train` for ranks that have met already, with data that is prepared. A collective."""
+    data = _open_data(job, prepared, world)
+    directory = RunDirectory(job.run_directory)
+    callbacks = _callbacks(job, directory, console) if world.is_main else []
+    try:
+        return _train(job, prepared, data, world, directory, callbacks)
+    finally:
+        for callback in callbacks:
+            callback.close()
+
+
+def _train(
     job: TrainingJob,
     prepared: PreparedData,
     data: TrainingData,

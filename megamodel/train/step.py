@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +70,13 @@ class TrainStep:
         self.optimizers = optimizers
         self.max_norm = max_norm
 
-    def __call__(self, micro_batches: Sequence[TokenBatch], *, lr_factor: float, stop_requested: bool) -> StepResult:
-        """One update at `lr_factor` times the peak learning rates; skipped on all ranks if the gradient is not finite."""
+    def __call__(
+        self, micro_batches: Sequence[TokenBatch], *, lr_factor: float, stop_requested: Callable[[], bool]
+    ) -> StepResult:
+        """One update at `lr_factor` times the peak learning rates; skipped on all ranks if the gradient is not finite.
+
+        `stop_requested` is asked late in the step, and its answer is that of any rank.
+        """
         started = time.perf_counter()
         num_valid, num_tokens = self._global_counts(micro_batches)
         outputs = []
@@ -81,7 +86,7 @@ class TrainStep:
                 ((terms.token_loss_sum + terms.router_loss_sum) / max(1, num_valid)).backward()
             outputs.append(LossTerms(terms.token_loss_sum.detach(), terms.router_loss_sum.detach(), terms.router_stats))
         grad_norm = self.data_parallel.clip_grad_norm(self.max_norm)
-        sums = self._reduce(outputs, grad_norm, stop_requested)
+        sums = self._reduce(outputs, grad_norm, stop_requested())
         computed = time.perf_counter()
         skipped = not (math.isfinite(sums.grad_norm) and math.isfinite(sums.token_loss))
         if not skipped:

@@ -128,7 +128,7 @@ class Trainer:
         data_s = time.perf_counter() - started
         number = self.progress.step + 1
         factor = learning_rate_factor(self.config.schedule, number, self.config.steps)
-        result = self.step(micro_batches, lr_factor=factor, stop_requested=stop.requested)
+        result = self.step(micro_batches, lr_factor=factor, stop_requested=lambda: stop.requested)
         self.progress = replace(
             self.progress,
             step=number,
@@ -197,6 +197,9 @@ class Trainer:
     def _save_checkpoint(self, last: StepResult, validation: ValidationResult | None) -> float:
         """Starts a save and returns the seconds for which it held the loop up."""
         started = time.perf_counter()
+        if self._save is not None:  # saving takes longer than the steps between two saves
+            self._save.wait()
+            self._report_save()
         record = {"loss": last.loss}
         if validation is not None:
             record |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}

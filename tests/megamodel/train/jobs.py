@@ -20,7 +20,28 @@ from parallel.config import ParallelConfig
 from parallel.world import World
 from tests.megamodel.small import MOE, small_config
 
-_WORDS = "the rank and a gate of many small experts learn where each token goes while no one waits for long".split()
+_WORDS = [
+    "the",
+    "rank",
+    "and",
+    "a",
+    "gate",
+    "of",
+    "many",
+    "small",
+    "experts",
+    "learn",
+    "where",
+    "each",
+    "token",
+    "goes",
+    "while",
+    "no",
+    "one",
+    "waits",
+    "for",
+    "long",
+]
 
 
 def write_corpus(folder: Path) -> Path:
