@@ -121,6 +121,10 @@ def _write_checked(
 
 def _check_target(target: Path) -> None:
     """An older export may be replaced, anything else not."""
+    replaced = _replaced(target)
+    if not target.exists() and (replaced / "config.json").is_file():
+        # A process killed between the two renames: the older export is still whole.
+        replaced.rename(target)
     if target.exists() and not target.is_dir():
         raise ConversionError(f"{target} is a file; name a folder for the export")
     if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
@@ -169,9 +173,14 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 def _put_in_place(partial: Path, target: Path) -> None:
     """Renames; a folder cannot be renamed over another, so an older export steps aside first."""
-    replaced = target.with_name(target.name + ".replaced")
+    replaced = _replaced(target)
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)
     partial.rename(target)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(target: Path) -> Path:
+    """Where an older export stands while the new one takes its name."""
+    return target.with_name(target.name + ".replaced")

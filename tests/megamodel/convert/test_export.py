@@ -289,6 +289,19 @@ def test_what_a_killed_export_left_is_swept_away(tmp_path: Path, tokenizer_path:
 
 
 @needs_transformers
+def test_killed_while_replacing_and_then_refused(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _export(tmp_path)
+    (tmp_path / "export" / "hf").rename(tmp_path / "export" / "hf.replaced")
+    monkeypatch.setattr(export_module, "reload_token_ids", lambda folder, text: [])
+    with pytest.raises(ParityError):
+        _export(tmp_path)
+    assert _left(tmp_path) == ["hf"]
+    load_hf_model(tmp_path / "export" / "hf")
+
+
+@needs_transformers
 def test_bf16_compute_of_the_trained_model_does_not_matter(tmp_path: Path, tokenizer_path: Path) -> None:
     config = small_config(vocab_size=320, **SHAPES["qwen3_moe"])
     decoder = build(config)

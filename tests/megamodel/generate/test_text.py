@@ -97,13 +97,18 @@ def test_streamed_rows_of_a_batch(tokenizer_path: Path) -> None:
     def collect(row: int, piece: str) -> None:
         pieces[row] += piece
 
-    # Ids of the model beyond the tokenizer's are never drawn, or decoding would lose tokens.
     done = generate_text(_decoder(), config, tokenizer_path=tokenizer_path.parent, on_text=collect)
     assert [row.prompt for row in done] == config.prompts
     assert set(pieces) == {0, 1, 2}
     assert all(row.num_tokens == 12 or row.finish == "stop" for row in done)
     again = generate_text(_decoder(), config, tokenizer_path=tokenizer_path.parent)
     assert again == done
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(tokenizer_path: Path) -> None:
+    script = _script([310] * 8)  # the model has 320 ids, the tokenizer 300
+    generate_text(script, GenerateConfig(prompts=["x"], max_new_tokens=8), tokenizer_path=tokenizer_path)
+    assert all(token < 300 for given in script.given for token in given)
 
 
 def test_further_stop_tokens(tokenizer_path: Path) -> None:
