@@ -133,7 +133,8 @@ def wrap(
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ParallelError('data_engine "ddp" needs a materialised model, and this one is on meta')
         return _Replicated(model, mesh, reduce_dtype)
-    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    # Inputs stay as they are: a float32 table of positions must not be rounded because weights are.
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     units = [module for name, module in model.named_modules() if name and is_unit(name, module)]
     if not units:
         raise ParallelError(

@@ -201,6 +201,20 @@ def test_bf16_keeps_float32_weights_and_follows_fp32(gloo_ranks: GlooPool, engin
     assert rounded[-1] < rounded[0] - 0.05
 
 
+def rotary_dtype(world: World) -> torch.dtype:
+    train = TrainConfig(precision="bf16", compile="off")
+    built = build_model(CONFIG, train, ParallelConfig(data_engine="fsdp2"), world=world, seed=3)
+    seen: list[torch.dtype] = []
+    attention = built.decoder.layers[0].attention
+    attention.register_forward_pre_hook(lambda module, args: seen.append(args[1].dtype))
+    built.data_parallel.module(global_batch(0).tokens_BS)
+    return seen[0]
+
+
+def test_sharding_in_bf16_does_not_round_positions(gloo_ranks: GlooPool) -> None:
+    assert gloo_ranks(2, rotary_dtype) == [torch.float32] * 2
+
+
 def test_materialize_fills_buffers_too() -> None:
     from megamodel.model.decoder import Decoder
 
