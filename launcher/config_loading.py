@@ -73,8 +73,7 @@ def load_config(
             config = root.model_validate(values)
         except ValidationError as error:
             found = _group_by_path(values, error)
-            # Below a path that was already reported, a fresh error is only its echo (a default in place of the value).
-            fresh = {path: details for path, details in found.items() if not _touches(path, bad_paths)}
+            fresh = {path: details for path, details in found.items() if not _is_echo(path, details, bad_paths, layers)}
             problems += [_describe_problem(root, path, details, layers) for path, details in fresh.items()]
             pruned = _without(values, found)
             bad_paths |= fresh.keys()
@@ -157,6 +156,12 @@ def _overlay(layers: _Layers, table: Mapping[str, Any], source: str) -> None:
             del layers.origins[known]
 
     lay(layers.values, table, ())
+
+
+def _is_echo(path: KeyPath, details: list[ErrorDetails], bad_paths: set[KeyPath], layers: _Layers) -> bool:
+    """Whether an error only follows from one that is reported: a default stands in for a bad value, or a key is missing
+    that an unreadable file may hold."""
+    return _touches(path, bad_paths) or (details[0]["type"] == "missing" and bool(layers.problems))
 
 
 def _group_by_path(values: Mapping[str, Any], error: ValidationError) -> dict[KeyPath, list[ErrorDetails]]:

@@ -14,6 +14,7 @@ _WIDTH = 110
 _HEAD = """\
 Configuration of a run. Check it with `mega config check`, start or continue the run with `mega train`.
 A line that starts with `#` and no space after it is a key at its default: remove the `#` to set it.
+A table that is commented out, such as `#[model.moe]`, needs its own `#` removed too.
 """
 
 STARTING_POINT = ("model.preset=moe-7m", "data.source=stdlib", "data.tokenizer.vocab_size=4096", "train.steps=1000")
