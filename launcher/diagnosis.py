@@ -39,7 +39,7 @@ def diagnose(hardware: Hardware, *, directory: Path, distribution: str = "mega")
     yield from _interpreter()
     yield from _torch(hardware)
     yield from _compiler()
-    yield _host_name(socket.gethostname())
+    yield host_name(socket.gethostname())
     yield from packages(distribution)
 
 
@@ -158,7 +158,7 @@ def _compiler() -> Iterator[Finding]:
         yield Finding(subject="Python headers", state="optional", detail=detail, mend=mend)
 
 
-def _host_name(name: str) -> Finding:
+def host_name(name: str) -> Finding:
     """Ranks find one another by name: gloo looks up the host's own."""
     try:
         address = socket.getaddrinfo(name, None)[0][4][0]

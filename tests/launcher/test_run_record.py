@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+
+from launcher.config import RunConfig, load_run_config
+from launcher.config_loading import LoadedConfig
+from launcher.errors import ConfigError, RunError
+from launcher.run_record import find_run, new_attempt, record_config
+from megamodel.train.run_directory import RunDirectory
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(*overrides: str) -> LoadedConfig[RunConfig]:
+    return load_run_config((), ("model.preset=moe-tiny", "data.tokenizer.vocab_size=300", "data.seq_len=8", *overrides))
+
+
+def with_checkpoint() -> None:
+    Path("runs/run/checkpoints/step-00000004").mkdir(parents=True)
+
+
+def test_the_resolved_configuration_lies_in_the_run() -> None:
+    loaded = load()
+    assert record_config(loaded) == []
+    assert load_run_config([Path("runs/run/config.toml")]).config == loaded.config
+    assert record_config(loaded) == []
+
+
+def test_a_run_may_grow_and_says_what_changed() -> None:
+    record_config(load())
+    with_checkpoint()
+    assert record_config(load("train.steps=2000", "data.cache_directory=elsewhere")) == [
+        'data.cache_directory = "elsewhere", but was ".cache/data"',
+        "train.steps = 2000, but was 1000",
+    ]
+
+
+def test_a_run_with_checkpoints_stays_the_same_run() -> None:
+    record_config(load())
+    with_checkpoint()
+    before = Path("runs/run/config.toml").read_text()
+    with pytest.raises(ConfigError) as caught:
+        record_config(load("model.num_layers=3", "run.seed=7", "data.tokenizer.path=x.json"))
+    assert str(caught.value) == (
+        "runs/run has checkpoints of another configuration:\n"
+        "  --set run.seed=7: run.seed = 7, but was 1234\n"
+        "  --set model.num_layers=3: model.num_layers = 3, but was 2\n"
+        '  --set data.tokenizer.path=x.json: data.tokenizer.path = "x.json", but was not set\n'
+        "Put these back to continue it, or start another run with --set run.name=..."
+    )
+    assert len(caught.value.problems) == 3
+    assert Path("runs/run/config.toml").read_text() == before
+
+
+def test_without_checkpoints_anything_may_change() -> None:
+    record_config(load())
+    assert record_config(load("model.num_layers=3")) == ["model.num_layers = 3, but was 2"]
+
+
+def test_each_start_has_logs_of_its_own() -> None:
+    directory = RunDirectory(Path("runs/x"))
+    assert new_attempt(directory) == Path("runs/x/logs/attempt-1")
+    (directory.logs / "attempt-9").mkdir()
+    (directory.logs / "attempt-old").mkdir()
+    assert new_attempt(directory) == Path("runs/x/logs/attempt-10")
+
+
+def test_a_run_is_found_by_its_folder_or_its_name() -> None:
+    record_config(load())
+    assert find_run(Path("runs/run")).root == Path("runs/run")
+    assert find_run(Path("run")).root == Path("runs/run")
+
+
+def test_a_run_that_is_not_there() -> None:
+    record_config(load("run.name=quickstart"))
+    with pytest.raises(RunError, match=r"^runs/quikstart: there is no such run; did you mean runs/quickstart\?$"):
+        find_run(Path("runs/quikstart"))
+    with pytest.raises(RunError, match=r"^quikstart: there is no such run; did you mean runs/quickstart\?$"):
+        find_run(Path("quikstart"))
+    with pytest.raises(RunError, match=r"^zzz: there is no such run; `mega train` makes one$"):
+        find_run(Path("zzz"))
+    with pytest.raises(RunError, match=r"^runs: is not the folder of a run, which holds config.toml$"):
+        find_run(Path("runs"))
