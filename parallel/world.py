@@ -66,6 +66,15 @@ class World:
         """The elementwise maximum over all ranks, in place; returns `tensor`. No backward."""
         return self._all_reduce(tensor, dist.ReduceOp.MAX)
 
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every rank's `tensor` (of one shape and dtype, on its device), stacked in the order of ranks. No backward."""
+        if self.backend is None:
+            return tensor[None]
+        gathered = tensor.new_empty(self.world_size * tensor.numel())
+        with self._naming_the_lost("an all-gather"):
+            dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1))
+        return gathered.view(self.world_size, *tensor.shape)
+
     def broadcast_object(self, value: T | None, *, source: int = 0) -> T:
         """The `value` that rank `source` holds, on every rank. It must be picklable; other ranks' values are ignored."""
         if self.control_group is None:

@@ -15,13 +15,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.optim import Optimizer
 
+from parallel.world import World
+
 # Coefficients of the quintic iteration, and its steps, as Jordan et al. chose them.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Replaces the singular values of each (m, n) matrix in (..., m, n) by values near one; float32 result."""
+    """Replaces the singular values of each (m, n) matrix in (..., m, n) by values near one; result in `dtype`."""
     a, b, c = _QUINTIC
     wide = x.shape[-2] <= x.shape[-1]
     y = (x if wide else x.mT).to(dtype)
@@ -29,48 +31,101 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
     for _ in range(_ITERATIONS):
         gram = y @ y.mT
         y = a * y + (b * gram + c * (gram @ gram)) @ y
-    return (y if wide else y.mT).float()
+    return y if wide else y.mT
 
 
 class Muon(Optimizer):
     """Momentum made orthogonal. An update has root mean square 0.2 * lr (Liu et al. 2025, eq. 4), as AdamW's has about.
 
-    Parameters are (..., m, n); sharded ones (DTensor) are gathered for the orthogonalisation, except stacks sharded along
-    the stack, which need nothing from other ranks. With those gathers `step` is a collective over the parameter's mesh.
+    Parameters are (..., m, n). Those that every rank holds whole are dealt out: each rank orthogonalises its share, and one
+    all-gather brings the results, in `dtype`, to all. Sharded ones (DTensor) are gathered first, except stacks sharded along
+    the stack, which need nothing from other ranks. So `step` is a collective over the world.
     """
 
     def __init__(
-        self, params: Iterable[Any], *, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        world: World,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._dtype = dtype
+        self._world = world
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group["lr"], group["momentum"], group["weight_decay"])
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            updates = [self._with_momentum(parameter, group["momentum"]) for parameter in parameters]
+            for parameter, direction in zip(parameters, self._directions(updates), strict=True):
+                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction, alpha=-0.2 * group["lr"] * max(parameter.shape[-2:]) ** 0.5)
 
-    def _update(self, parameter: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+    def _with_momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        grad, buffer = parameter.grad, state["momentum_buffer"]
-        assert grad is not None
-        buffer.lerp_(grad, 1.0 - momentum)
-        direction = self._orthogonal(grad.lerp(buffer, momentum))
-        parameter.mul_(1.0 - lr * weight_decay)
-        parameter.add_(direction, alpha=-0.2 * lr * max(parameter.shape[-2:]) ** 0.5)
+        assert parameter.grad is not None
+        state["momentum_buffer"].lerp_(parameter.grad, 1.0 - momentum)
+        return parameter.grad.lerp(state["momentum_buffer"], momentum)
 
-    def _orthogonal(self, update: Tensor) -> Tensor:
-        if not isinstance(update, DTensor):
-            return orthogonalize(update, self._dtype)
+    def _directions(self, updates: list[Tensor]) -> list[Tensor]:
+        whole = [index for index, update in enumerate(updates) if not isinstance(update, DTensor)]
+        shared = dict(zip(whole, self._share([updates[index] for index in whole]), strict=True))
+        return [
+            self._orthogonal_shard(update) if isinstance(update, DTensor) else shared[index]
+            for index, update in enumerate(updates)
+        ]
+
+    def _share(self, updates: list[Tensor]) -> list[Tensor]:
+        """Orthogonal versions of what every rank holds alike, each computed by one rank."""
+        if not updates:
+            return []
+        owners = assign_owners([_cost(update) for update in updates], self._world.world_size)
+        sizes = [0] * self._world.world_size
+        for owner, update in zip(owners, updates, strict=True):
+            sizes[owner] += update.numel()
+        mine = torch.zeros(max(sizes), dtype=self._dtype, device=updates[0].device)
+        filled = 0
+        for owner, update in zip(owners, updates, strict=True):
+            if owner == self._world.rank:
+                mine[filled : filled + update.numel()] = orthogonalize(update, self._dtype).flatten()
+                filled += update.numel()
+        gathered = self._world.all_gather(mine)
+        taken = [0] * self._world.world_size
+        directions = []
+        for owner, update in zip(owners, updates, strict=True):
+            part = gathered[owner, taken[owner] : taken[owner] + update.numel()]
+            taken[owner] += update.numel()
+            directions.append(part.view(update.shape).to(update.dtype))
+        return directions
+
+    def _orthogonal_shard(self, update: DTensor) -> Tensor:
         mesh, placements = update.device_mesh, update.placements
         if all(isinstance(p, Shard) and p.dim < update.dim() - 2 for p in placements):
             local = update.to_local()
-            whole = orthogonalize(local, self._dtype) if local.numel() else local
+            whole = orthogonalize(local, self._dtype).to(local.dtype) if local.numel() else local
             return DTensor.from_local(whole, mesh, placements, shape=update.shape, stride=update.stride())
-        # Every rank computes the same whole matrix, so its shards need no sending (src_data_rank=None).
-        return distribute_tensor(orthogonalize(update.full_tensor(), self._dtype), mesh, placements, src_data_rank=None)
+        direction = orthogonalize(update.full_tensor(), self._dtype).to(update.dtype)
+        # Every rank has computed the same whole matrix, so its shards need no sending (src_data_rank=None).
+        return distribute_tensor(direction, mesh, placements, src_data_rank=None)
+
+
+def assign_owners(costs: list[float], num_ranks: int) -> list[int]:
+    """The rank that does each piece of work: the dearest pieces first, each to the least burdened rank."""
+    burden = [0.0] * num_ranks
+    owners = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        owners[index] = min(range(num_ranks), key=lambda rank: (burden[rank], rank))
+        burden[owners[index]] += costs[index]
+    return owners
+
+
+def _cost(update: Tensor) -> float:
+    """Multiplications of the orthogonalisation, up to a factor: m * m * n for the shorter side m."""
+    return float(update.numel() * min(update.shape[-2:]))

@@ -8,6 +8,7 @@ from torch.optim import AdamW, Optimizer
 
 from megamodel.train.config import OptimizerConfig
 from megamodel.train.muon import Muon
+from parallel.world import World
 
 # Lookup tables, scales and the router's small matrix: no direction in them is worth decaying or making orthogonal.
 _UNDECAYED = ("embedding.weight", "lm_head.weight", "norm.weight", "router.weight")
@@ -33,7 +34,7 @@ class Optimizers:
             member.zero_grad(set_to_none=True)
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: torch.dtype) -> Optimizers:
+def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: torch.dtype, world: World) -> Optimizers:
     """AdamW, and Muon for the blocks' matrices where `config` says so."""
     matrices: list[tuple[str, Tensor]] = []
     others: list[tuple[str, Tensor]] = []
@@ -49,6 +50,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: t
                 momentum=config.muon_momentum,
                 weight_decay=config.weight_decay,
                 dtype=compute_dtype,
+                world=world,
             )
         )
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -39,15 +40,20 @@ def train(job: TrainingJob, *, console: Console) -> TrainingResult:
         return train_in_world(job, prepared, world, console=console)
 
 
-def train_in_world(job: TrainingJob, prepared: PreparedData, world: World, *, console: Console) -> TrainingResult:
-    """`train` for ranks that have met already, with data that is prepared. A collective."""
+def train_in_world(
+    job: TrainingJob, prepared: PreparedData, world: World, *, console: Console, callbacks: Sequence[Callback] = ()
+) -> TrainingResult:
+    """`train` for ranks that have met already, with data that is prepared. A collective.
+
+    `callbacks` watch the run on this rank, after those that every run has on its first rank.
+    """
     data = _open_data(job, prepared, world)
     directory = RunDirectory(job.run_directory)
-    callbacks = _callbacks(job, directory, console) if world.is_main else []
+    watchers = [*(_callbacks(job, directory, console) if world.is_main else []), *callbacks]
     try:
-        return _train(job, prepared, data, world, directory, callbacks)
+        return _train(job, prepared, data, world, directory, watchers)
     finally:
-        for callback in callbacks:
+        for callback in watchers:
             callback.close()
 
 
@@ -61,7 +67,7 @@ def _train(
 ) -> TrainingResult:
     _check_batch(job, world)
     built = build_model(job.model, job.train, job.parallel, world=world, seed=job.seed)
-    optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision))
+    optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision), world)
     step = TrainStep(
         world=world,
         decoder=built.decoder,

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from megamodel.train.config import OptimizerConfig, ScheduleConfig
-from megamodel.train.muon import Muon, orthogonalize
+from megamodel.train.muon import Muon, assign_owners, orthogonalize
 from megamodel.train.optimizer import build_optimizers
 from megamodel.train.schedule import learning_rate_factor
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 from tests.megamodel.small import MOE, build, small_config
+
+ALONE = World(
+    rank=0,
+    world_size=1,
+    local_rank=0,
+    device=torch.device("cpu"),
+    backend=None,
+    timeout=timedelta(seconds=10),
+    control_group=None,
+    data_mesh=None,
+)
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16), (32, 32)])
@@ -20,7 +33,7 @@ def test_muon_on_matrices_is_torchs(shape: tuple[int, int]) -> None:
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
     settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
-    mine = Muon([ours], **settings, dtype=torch.bfloat16)
+    mine = Muon([ours], **settings, dtype=torch.bfloat16, world=ALONE)
     reference = torch.optim.Muon([theirs], **settings, adjust_lr_fn="match_rms_adamw")
     start = ours.detach().clone()
     for _ in range(3):
@@ -41,7 +54,7 @@ def test_orthogonalize_brings_singular_values_near_one() -> None:
 def test_a_stack_is_updated_matrix_by_matrix() -> None:
     stack = torch.nn.Parameter(torch.randn(4, 8, 12))
     singles = [torch.nn.Parameter(matrix.detach().clone()) for matrix in stack]
-    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float32}
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float32, "world": ALONE}
     stacked, separate = Muon([stack], **settings), Muon(singles, **settings)
     for _ in range(2):
         stack.grad = torch.randn_like(stack)
@@ -56,7 +69,7 @@ def sharded_muon(world: World, shape: tuple[int, ...], placement: int | None) ->
     """The same two steps on a whole parameter and on a sharded one."""
     torch.manual_seed(1)
     start, grads = torch.randn(shape), torch.randn(2, *shape)
-    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float32}
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float32, "world": world}
     whole = torch.nn.Parameter(start.clone())
     places = [Replicate() if placement is None else Shard(placement)]
     assert world.data_mesh is not None
@@ -77,10 +90,53 @@ def test_muon_on_shards_equals_muon_on_the_whole(gloo_ranks: GlooPool, shape, pl
     assert gloo_ranks(2, sharded_muon, shape, placement) == [True, True]
 
 
+def dealt_out_muon(world: World) -> tuple[bool, int]:
+    """Two steps on parameters that all ranks hold, against one rank alone; and how many this rank worked on."""
+    from megamodel.train import muon as module
+
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(8, 12), (3, 6, 10), (20, 4), (7, 7)]
+    starts = [torch.randn(shape, generator=generator) for shape in shapes]
+    grads = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float32}
+    results, calls = [], 0
+    original = module.orthogonalize
+
+    def counted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(x, dtype)
+
+    for place in (world, ALONE):
+        parameters = [torch.nn.Parameter(start.clone()) for start in starts]
+        optimizer = Muon(parameters, **settings, world=place)
+        module.orthogonalize = counted if place is world else original
+        for step in grads:
+            for parameter, grad in zip(parameters, step, strict=True):
+                parameter.grad = grad.clone()
+            optimizer.step()
+        module.orthogonalize = original
+        results.append(parameters)
+    return all(torch.equal(ours, alone) for ours, alone in zip(*results, strict=True)), calls
+
+
+def test_muon_dealt_out_over_ranks_equals_muon_alone(gloo_ranks: GlooPool) -> None:
+    answers = gloo_ranks(3, dealt_out_muon)
+    assert all(equal for equal, _ in answers)
+    # Four matrices and stacks, two steps: dealt out, none twice.
+    assert sum(calls for _, calls in answers) == 8
+    assert max(calls for _, calls in answers) < 8
+
+
+def test_owners_share_the_work_evenly() -> None:
+    assert assign_owners([5, 4, 3, 2, 1, 1], 2) == [0, 1, 1, 0, 0, 1]
+    assert assign_owners([1.0], 4) == [0]
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
     decoder = build(small_config(qk_norm=True, moe={**MOE, "num_shared_experts": 1, "first_layer": 1}))
-    optimizers = build_optimizers(decoder, OptimizerConfig(name=name, weight_decay=0.1), torch.float32)
+    optimizers = build_optimizers(decoder, OptimizerConfig(name=name, weight_decay=0.1), torch.float32, ALONE)
     seen = [
         (parameter, group["weight_decay"], type(member).__name__)
         for member in optimizers.members
@@ -98,7 +154,7 @@ def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
 
 def test_the_schedule_moves_every_group_from_its_own_peak() -> None:
     decoder = build(small_config())
-    optimizers = build_optimizers(decoder, OptimizerConfig(name="muon", lr=1e-3, muon_lr=0.02), torch.float32)
+    optimizers = build_optimizers(decoder, OptimizerConfig(name="muon", lr=1e-3, muon_lr=0.02), torch.float32, ALONE)
     for factor in (0.5, 0.25):
         optimizers.step(factor)
         rates = [group["lr"] for member in optimizers.members for group in member.param_groups]
