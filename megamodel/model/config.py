@@ -130,7 +130,9 @@ class ModelConfig(BaseModel):
             raise ValueError(f"moe.first_layer ({self.moe.first_layer}) must be below num_layers ({self.num_layers})")
         if self.moe and (self.d_model % 8 or self.moe.d_ff % 8):
             # Grouped products want rows of 16-byte multiples, which in bf16 are 8 numbers.
-            raise ValueError(f"with MoE, d_model ({self.d_model}) and moe.d_ff ({self.moe.d_ff}) must be multiples of 8")
+            raise ValueError(
+                f"with MoE, d_model ({self.d_model}) and moe.d_ff ({self.moe.d_ff}) must be multiples of 8"
+            )
         return self
 
     def is_moe_layer(self, layer: int) -> bool:
