@@ -67,7 +67,7 @@ def _train(
 ) -> TrainingResult:
     _check_batch(job, world)
     built = build_model(job.model, job.train, job.parallel, world=world, seed=job.seed)
-    optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision), world)
+    optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision))
     step = TrainStep(
         world=world,
         decoder=built.decoder,
