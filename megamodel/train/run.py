@@ -67,7 +67,7 @@ def _train(
 ) -> TrainingResult:
     _check_batch(job, world)
     built = build_model(job.model, job.train, job.parallel, world=world, seed=job.seed)
-    optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision))
+    optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision), world)
     step = TrainStep(
         world=world,
         decoder=built.decoder,
