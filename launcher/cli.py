@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 
 import typer
@@ -47,4 +46,8 @@ def _group(name: str, verbs: Mapping[str, Callable[..., int]], help_text: str) -
 def main() -> None:
     """Entry point of the console script and of `python -m launcher`."""
     rank_process.enter(os.environ)
-    sys.exit(build_app()())
+    try:
+        build_app()()
+    except SystemExit as end:
+        rank_process.leave(os.environ, end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise

@@ -70,7 +70,7 @@ class Driver:
 
     def result(self) -> dict:
         self.output, _ = self.process.communicate(timeout=_TIMEOUT)
-        return json.loads(self.output.splitlines()[-1])
+        return json.loads(self.output[self.output.rindex("{") :])
 
     def wait_for(self, *names: str) -> None:
         for name in names:
@@ -295,3 +295,15 @@ def test_what_a_rank_has_started_ends_with_it(start: Start) -> None:
     assert driver.result() == {"code": 0}
     pid = int(driver.read("pid-0"))
     wait_until(lambda: not is_running(pid))
+
+
+def test_a_rank_leaves_without_tearing_its_libraries_down(start: Start) -> None:
+    script = """
+import atexit
+atexit.register(os.abort)
+sys.stdout.write("last words")
+rank_process.leave(os.environ, 0)
+"""
+    driver = start(2, _ENTER + script)
+    assert driver.result() == {"code": 0}
+    assert (driver.logs / "rank-1.log").read_text() == "last words"
