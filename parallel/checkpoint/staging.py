@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from parallel.world import World
 
@@ -80,7 +81,7 @@ def assign_writers(held: list[dict[str, int]]) -> list[set[str]]:
 
 
 class StagingBuffers:
-    """CPU copies of one rank's share. The buffers live as long as this object and are used again by each `copy`."""
+    """CPU copies of one rank's share. The buffers live as long as this object and are used again at each save."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -89,7 +90,7 @@ class StagingBuffers:
     def copy(self, state: FlatState) -> FlatState:
         """`state` with every tensor replaced by a plain CPU copy of its local part; other leaves are deep-copied.
 
-        The result is valid until the next call. Returns once the copy is complete.
+        The result is valid until the same keys are copied again. Returns once the copy is complete.
         """
         staged: FlatState = {}
         devices = set()
@@ -103,15 +104,32 @@ class StagingBuffers:
                 devices.add(local.device)
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        self._buffers = {key: value for key, value in staged.items() if isinstance(value, torch.Tensor)}
         return staged
 
     def _buffer(self, key: str, local: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
             # Page-locked memory lets the GPU copy at full speed, and without the CPU's help.
-            return torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=local.is_cuda)
+            buffer = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=local.is_cuda)
+            self._buffers[key] = buffer
         return buffer
+
+
+def changed_only_by(optimizers: Sequence[Optimizer], state: FlatState) -> set[str]:
+    """The keys of `state` whose memory is a parameter of one of the optimizers, or its moments: what only `step`
+    writes to."""
+    owned = set()
+    for optimizer in optimizers:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        entries = [entry for parameter in parameters for entry in optimizer.state.get(parameter, {}).values()]
+        for tensor in (*parameters, *entries):
+            if isinstance(tensor, torch.Tensor):
+                owned.add(local_part(tensor).untyped_storage().data_ptr())
+    return {
+        key
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and local_part(value).untyped_storage().data_ptr() in owned
+    }
 
 
 class StagedPlanner(DefaultSavePlanner):

@@ -1,16 +1,19 @@
 """Saves and loads sharded checkpoints of any state, on any number of ranks: torch.distributed.checkpoint's bytes in a
 `CheckpointDirectory`.
 
-An asynchronous save holds training up only while each rank copies its share into CPU memory; a thread then writes,
-reads the files back to hash them, and commits, talking to the other ranks over a process group of its own.
+An asynchronous save copies each rank's share into CPU memory; a thread then writes, reads the files back to hash them,
+and commits, talking to the other ranks over a process group of its own. What only an optimizer changes is copied by
+that thread too, during the next forward and backward: `CheckpointStore.overlap_with`.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
 
 from parallel.checkpoint.agreement import on_every_rank, on_main
 from parallel.checkpoint.directory import (
@@ -32,7 +36,15 @@ from parallel.checkpoint.directory import (
     find_problems,
     record_file,
 )
-from parallel.checkpoint.staging import FlatState, StagedPlanner, StagingBuffers, WriteShares, flatten, local_part
+from parallel.checkpoint.staging import (
+    FlatState,
+    StagedPlanner,
+    StagingBuffers,
+    WriteShares,
+    changed_only_by,
+    flatten,
+    local_part,
+)
 from parallel.errors import CheckpointError, CorruptCheckpointError
 from parallel.world import World
 
@@ -60,9 +72,14 @@ class LoadedState:
 
 
 class SaveHandle:
-    """One save under way. `wait` gives the complete checkpoint, or raises what went wrong."""
+    """One save under way. `wait` gives the complete checkpoint, or raises what went wrong.
+
+    `stall_seconds`: how long it has kept the training thread so far (a blocking save: all of its time).
+    """
 
     def __init__(self) -> None:
+        self.stall_seconds = 0.0
+        self._staged = threading.Event()
         self._ended = threading.Event()
         self._info: CheckpointInfo | None = None
         self._error: CheckpointError | None = None
@@ -82,6 +99,14 @@ class SaveHandle:
             raise self._error or CheckpointError("the save ended without a result")
         return self._info
 
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stall_seconds += time.perf_counter() - start
+
     def _run(self, save: Callable[[], CheckpointInfo]) -> None:
         try:
             self._info = save()
@@ -91,11 +116,13 @@ class SaveHandle:
             self._error = CheckpointError(f"a checkpoint was not saved: {_root_cause(error)}")
             self._error.__cause__ = error
         finally:
+            self._staged.set()
             self._ended.set()
 
 
 class CheckpointStore:
-    """The checkpoints below `root`, for all ranks of `world`. Every method but `poll` is a collective over the world.
+    """The checkpoints below `root`, for all ranks of `world`. Methods are collectives over the world, unless they
+    say otherwise.
 
     At the start, what a killed run left half-written is removed. `keep_last`: how many complete checkpoints to keep
     after each save (None: all). Use it in a `with`, which waits for a save under way.
@@ -108,6 +135,7 @@ class CheckpointStore:
         self._world = replace(world, control_group=world.new_control_group())
         self._shares = WriteShares()
         self._buffers = StagingBuffers()
+        self._overlapped: tuple[Optimizer, ...] = ()
         self._pending: SaveHandle | None = None
         for leftover in on_main(self._world, self.directory.clean_up):
             if world.is_main:
@@ -135,24 +163,44 @@ class CheckpointStore:
         (JSON) goes into the manifest. A synchronous save raises its own error here, an asynchronous one at the next
         `poll`, `wait` or `save`. Until that one is done `state` may change, but not its shapes.
         """
-        self.wait()
-        shares = self._shares.mine(flatten(state), self._world)
         handle = SaveHandle()
-        if asynchronous:
-            staged = self._buffers.copy(shares)
-            self._pending = handle
-            work = lambda: handle._run(lambda: self._write(step, shares, staged, metadata))  # noqa: E731
-            threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True).start()
-        else:
-            staged = {
-                key: local_part(value) if isinstance(value, torch.Tensor) else value for key, value in shares.items()
-            }
-            handle._run(lambda: self._write(step, shares, staged, metadata))
-            handle.wait()
+        with handle._stalling():
+            self.wait()
+            shares = self._shares.mine(flatten(state), self._world)
+            if asynchronous:
+                late = changed_only_by(self._overlapped, shares)
+                staged = self._buffers.copy({key: value for key, value in shares.items() if key not in late})
+                self._pending = handle
+                threading.Thread(
+                    target=handle._run,
+                    args=(lambda: self._stage_and_write(handle, step, shares, staged, late, metadata),),
+                    name=f"checkpoint-{step}",
+                    daemon=True,
+                ).start()
+            else:
+                whole = {key: local_part(v) if isinstance(v, torch.Tensor) else v for key, v in shares.items()}
+                handle._run(lambda: self._write(step, shares, whole, metadata))
+                handle.wait()
         return handle
 
+    def overlap_with(self, optimizers: Sequence[Optimizer]) -> None:
+        """Lets asynchronous saves copy what these optimizers own while training goes on. No collective.
+
+        Their parameters and moments then change in `step` only, which waits for such a copy (a hook sees to that).
+        Whoever changes them otherwise calls `finish_staging` first. Without this all is copied before `save` returns.
+        """
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(lambda *_: self.finish_staging())
+        self._overlapped = (*self._overlapped, *optimizers)
+
+    def finish_staging(self) -> None:
+        """Returns once the state of a save under way has been copied, and may change. No collective."""
+        if self._pending is not None and not self._pending._staged.is_set():
+            with self._pending._stalling():
+                self._pending._staged.wait()
+
     def poll(self) -> None:
-        """Raises the error of an asynchronous save that has failed since the last look. Never waits."""
+        """Raises the error of an asynchronous save that has failed since the last look. Never waits. No collective."""
         if self._pending is not None and self._pending.done:
             self.wait()
 
@@ -233,6 +281,19 @@ class CheckpointStore:
         except CheckpointException as error:
             raise CheckpointError(f"checkpoint {info.path} cannot be loaded: {_root_cause(error)}") from error
         return LoadedState(state=_nested_like(state, wanted), missing=missing)
+
+    def _stage_and_write(
+        self,
+        handle: SaveHandle,
+        step: int,
+        shares: FlatState,
+        staged: FlatState,
+        late: Set[str],
+        metadata: Mapping[str, Any],
+    ) -> CheckpointInfo:
+        staged |= self._buffers.copy({key: shares[key] for key in late})
+        handle._staged.set()
+        return self._write(step, shares, staged, metadata)
 
     def _write(self, step: int, shares: FlatState, staged: FlatState, metadata: Mapping[str, Any]) -> CheckpointInfo:
         """Writes, hashes and commits one checkpoint. Runs on every rank at once; all succeed, or all raise."""

@@ -32,6 +32,7 @@ def save_in_the_middle(world: World, root: Path, engine: Any, asynchronous: bool
     parallel.model.load.fill_(7.0)
     train(world, parallel, optimizers, range(3))
     with CheckpointStore(root, world) as store:
+        store.overlap_with(optimizers)
         state = training_state(parallel.model, optimizers)
         state["per_rank"] = {f"rank-{world.rank}": {"rng": torch.full((3,), world.rank)}}
         state["note"] = ["plain", 1]
@@ -147,6 +148,45 @@ def save_while_changing(world: World, root: Path) -> list[float]:
 
 def test_asynchronous_save_keeps_the_state_of_its_moment(gloo_ranks: GlooPool, tmp_path: Path) -> None:
     assert gloo_ranks(2, save_while_changing, tmp_path) == [[1.0, 1.0]] * 2
+
+
+def step_while_copying(world: World, root: Path) -> Any:
+    """Holds the thread's copy back; gives who waited for it, and what was saved."""
+    weight = torch.nn.Parameter(torch.ones(1000))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    free, waited = torch.ones(1000), threading.Event()
+    with CheckpointStore(root, world) as store:
+        store.overlap_with([optimizer])
+        copy, finish_staging = store._buffers.copy, store.finish_staging
+
+        def copy_when_awaited(state: dict[str, Any]) -> dict[str, Any]:
+            if "weight" in state:
+                waited.wait(30)
+            return copy(state)
+
+        def announce() -> None:
+            waited.set()
+            finish_staging()
+
+        store._buffers.copy = copy_when_awaited  # type: ignore[method-assign]
+        store.finish_staging = announce  # type: ignore[method-assign]
+        handle = store.save(1, {"weight": weight, "free": free}, metadata={}, asynchronous=True)
+        free.fill_(2.0)  # not the optimizer's: copied before save returned
+        returned_first = not waited.is_set()
+        weight.grad = torch.ones(1000)
+        optimizer.step()
+        loaded = store.load(handle.wait(), {"weight": torch.zeros(1000), "free": torch.zeros(1000)}).state
+        return (
+            returned_first,
+            handle.stall_seconds > 0,
+            weight[0].item(),
+            loaded["weight"][0].item(),
+            loaded["free"][0].item(),
+        )
+
+
+def test_an_optimizers_step_waits_for_the_copy_of_what_it_owns(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    assert gloo_ranks(1, step_while_copying, tmp_path) == [(True, True, 0.0, 1.0, 1.0)]
 
 
 def fail_on_one_rank(world: World, root: Path) -> list[str]:
