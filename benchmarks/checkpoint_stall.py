@@ -97,7 +97,7 @@ def measure(world: World, training: Training, repeats: int) -> dict[str, Any]:
         "stall_s": stall_s,
         "first_stall_ratio": stalls[0] / blocking_s,
         "step_excess_ratio": excess_s / blocking_s,
-        "background_step_ratio": statistics.median(busy_steps or [float("nan")]) / statistics.median(quiet_steps),
+        "background_step_ratio": statistics.median(busy_steps) / statistics.median(quiet_steps) if busy_steps else None,
         "step_s": statistics.median(quiet_steps),
         "checkpoint_bytes": num_bytes,
         "all_blocking_s": blocking,
@@ -125,6 +125,9 @@ def main() -> int:
     options = parser.parse_args()
     with open_world(device=options.device) as world:
         training = Training(world, options.engine, options.parameters)
+        launcher = f"-m torch.distributed.run --standalone --nproc-per-node {world.world_size}".split()
+        if world.backend is None:
+            launcher = []
         result = {
             **measure(world, training, options.repeats),
             "parameters": sum(parameter.numel() for parameter in training.parallel.model.parameters()),
@@ -133,13 +136,13 @@ def main() -> int:
             "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else processor(),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "command": " ".join([Path(sys.executable).name, *sys.argv]),
+            "command": " ".join(["python", *launcher, *sys.argv]),
         }
         if world.is_main:
             text = json.dumps(result, indent=1)
-            print(text)
             if options.output is not None:
                 options.output.write_text(text + "\n")
+            print(text)
     return 0 if result["stall_ratio"] <= BOUND else 3
 
 
