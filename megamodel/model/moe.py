@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megamodel.model.config import MoEConfig
+from megamodel.model.grouped_mm import grouped_mm
 from megamodel.model.layers import SwiGLU
 from megamodel.model.seams import TokenExchange
 
@@ -143,9 +144,9 @@ class Experts(nn.Module):
 
     def _grouped_swiglu(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        gate_RF = torch._grouped_mm(x_RD, self.w_gate_EDF.to(x_RD.dtype), ends_E)
-        up_RF = torch._grouped_mm(x_RD, self.w_up_EDF.to(x_RD.dtype), ends_E)
-        return torch._grouped_mm(F.silu(gate_RF) * up_RF, self.w_down_EFD.to(x_RD.dtype), ends_E)
+        gate_RF = grouped_mm(x_RD, self.w_gate_EDF.to(x_RD.dtype), ends_E)
+        up_RF = grouped_mm(x_RD, self.w_up_EDF.to(x_RD.dtype), ends_E)
+        return grouped_mm(F.silu(gate_RF) * up_RF, self.w_down_EFD.to(x_RD.dtype), ends_E)
 
 
 class MoE(nn.Module):
