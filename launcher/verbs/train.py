@@ -73,6 +73,9 @@ def _train_in_children(
 def _train_here(out: Output, loaded: LoadedConfig[RunConfig], place: Place, files: list[Path]) -> int:
     """One rank: trains together with the others, then rank 0 alone samples and exports."""
     stop_before_first_step()
+    # torch reads this once, when it is imported; what it warns of (such as a switch that DDP is given on purpose) is no
+    # business of a user's terminal.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from rich.console import Console
 
     from megamodel.train.run import train as train_run

@@ -76,6 +76,7 @@ def _train(
         max_norm=job.train.clip_grad_norm,
     )
     with CheckpointStore(directory.checkpoints, world, keep_last=job.train.checkpoint.keep_last) as store:
+        store.overlap_with(optimizers.members)
         checkpoints = RunCheckpoints(
             store=store,
             world=world,

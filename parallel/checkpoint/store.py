@@ -83,6 +83,7 @@ class SaveHandle:
         self._ended = threading.Event()
         self._info: CheckpointInfo | None = None
         self._error: CheckpointError | None = None
+        self._thread: threading.Thread | None = None
 
     @property
     def done(self) -> bool:
@@ -95,6 +96,9 @@ class SaveHandle:
     def wait(self) -> CheckpointInfo:
         """Returns once the checkpoint is complete. Raises `CheckpointError` if it never will be."""
         self._ended.wait()
+        if self._thread is not None:
+            # A thread that still runs when the interpreter ends is torn out of native code, which aborts the process.
+            self._thread.join()
         if self._info is None:
             raise self._error or CheckpointError("the save ended without a result")
         return self._info
@@ -106,6 +110,10 @@ class SaveHandle:
             yield
         finally:
             self.stall_seconds += time.perf_counter() - start
+
+    def _start(self, name: str, save: Callable[[], CheckpointInfo]) -> None:
+        self._thread = threading.Thread(target=self._run, args=(save,), name=name, daemon=True)
+        self._thread.start()
 
     def _run(self, save: Callable[[], CheckpointInfo]) -> None:
         try:
@@ -171,12 +179,10 @@ class CheckpointStore:
                 late = changed_only_by(self._overlapped, shares)
                 staged = self._buffers.copy({key: value for key, value in shares.items() if key not in late})
                 self._pending = handle
-                threading.Thread(
-                    target=handle._run,
-                    args=(lambda: self._stage_and_write(handle, step, shares, staged, late, metadata),),
-                    name=f"checkpoint-{step}",
-                    daemon=True,
-                ).start()
+                handle._start(
+                    f"checkpoint-{step}",
+                    lambda: self._stage_and_write(handle, step, shares, staged, late, metadata),
+                )
             else:
                 whole = {key: local_part(v) if isinstance(v, torch.Tensor) else v for key, v in shares.items()}
                 handle._run(lambda: self._write(step, shares, whole, metadata))
