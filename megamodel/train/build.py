@@ -12,14 +12,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from megamodel.errors import TrainingError
 from megamodel.model.config import ModelConfig
-from megamodel.model.decoder import Decoder
+from megamodel.model.decoder import Decoder, Seams
+from megamodel.model.explicit_attention import ExplicitScores
 from megamodel.model.initialization import initial_value
+from megamodel.model.loss import ChunkedTokenLoss, chunk_terms
+from megamodel.model.seams import ScaledDotProduct
 from megamodel.train.config import TrainConfig
 from megamodel.train.sharding_plan import is_gathered_unit
 from parallel.config import ParallelConfig
 from parallel.data_parallel import DataParallel, wrap
 from parallel.world import World
 
+_EXPLICIT_UP_TO = 512
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -38,13 +42,19 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def build_model(
-    model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, *, world: World, seed: int
+    model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, *, world: World, seed: int, seq_len: int
 ) -> BuiltModel:
-    """A decoder with initial weights that depend on the seed alone, spread over the ranks. A collective."""
+    """A decoder with initial weights that depend on the seed alone, spread over the ranks. A collective.
+
+    `seq_len`, the length of training rows in tokens, has a say in how attention is computed.
+    """
+    notice = _missing_compiler(train.compile, world.device)
+    compiled = train.compile != "off" and notice is None
     with torch.device("meta"):
-        decoder = Decoder(model)
+        decoder = Decoder(model, _seams(train, seq_len, device=world.device, compiled=compiled))
     decoder.compute_dtype = compute_dtype(train.precision)
-    notice = _compile_blocks(decoder, train.compile, world.device)
+    if compiled:
+        compile_blocks(decoder)
     sharded = parallel.data_engine == "fsdp2" and world.data_mesh is not None
     if not sharded:
         materialize(decoder, world.device, model, seed)
@@ -85,16 +95,30 @@ def find_compiler(device_type: str) -> str | None:
     return next((found for name in (os.environ.get("CXX", "g++"), "clang++") if (found := shutil.which(name))), None)
 
 
-def _compile_blocks(decoder: Decoder, choice: str, device: torch.device) -> str | None:
+def compile_blocks(decoder: Decoder) -> None:
     """Compiles each block's forward in place: names stay, and blocks of a kind share one compilation."""
-    if choice == "off":
-        return None
-    if find_compiler(device.type) is None:
-        missing = "Triton" if device.type == "cuda" else "a C++ compiler (Debian: apt-get install g++)"
-        if choice == "on":
-            raise TrainingError(f'train.compile = "on" needs {missing}; install it, or set train.compile = "off"')
-        return f"torch.compile is off: {missing} is missing; training is slower without"
     for block in decoder.layers:
         # The forward, not the module: FSDP2's hooks around it must stay outside the compiled region.
         block.forward = torch.compile(block.forward, dynamic=False)
-    return None
+
+
+def _missing_compiler(choice: str, device: torch.device) -> str | None:
+    """What to tell the user when compilation is wanted and cannot be had. Raises `TrainingError` when it must be."""
+    if choice == "off" or find_compiler(device.type) is not None:
+        return None
+    missing = "Triton" if device.type == "cuda" else "a C++ compiler (Debian: apt-get install g++)"
+    if choice == "on":
+        raise TrainingError(f'train.compile = "on" needs {missing}; install it, or set train.compile = "off"')
+    return f"torch.compile is off: {missing} is missing; training is slower without"
+
+
+def _seams(train: TrainConfig, seq_len: int, *, device: torch.device, compiled: bool) -> Seams:
+    """The attention core and token loss that are fastest here; all compute the same."""
+    explicit = train.attention == "explicit" or (
+        # Measured by benchmarks/attention.py: compiled, on CPUs, explicit scores win for short rows.
+        train.attention == "auto" and compiled and device.type == "cpu" and seq_len <= _EXPLICIT_UP_TO
+    )
+    terms = torch.compile(chunk_terms, dynamic=False) if compiled else chunk_terms
+    return Seams(
+        attention_core=ExplicitScores() if explicit else ScaledDotProduct(), token_loss=ChunkedTokenLoss(terms=terms)
+    )

@@ -66,7 +66,7 @@ def _train(
     callbacks: list[Callback],
 ) -> TrainingResult:
     _check_batch(job, world)
-    built = build_model(job.model, job.train, job.parallel, world=world, seed=job.seed)
+    built = build_model(job.model, job.train, job.parallel, world=world, seed=job.seed, seq_len=job.data.seq_len)
     optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision), world)
     step = TrainStep(
         world=world,

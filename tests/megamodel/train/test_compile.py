@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamodel.train.build import _compile_blocks, compute_dtype, find_compiler
+from megamodel.train.build import _seams, compile_blocks, compute_dtype, find_compiler
+from megamodel.train.config import TrainConfig
 from tests.megamodel.small import MOE, build, random_tokens, small_config
 
 pytestmark = [
@@ -21,10 +22,11 @@ def test_compiled_equals_eager(precision: str) -> None:
     tokens = random_tokens(config, 4, 17)
     documents = (torch.arange(16) >= 9).int().expand(4, -1)
     outcomes = []
-    for choice in ("off", "on"):
-        decoder = build(config)
+    for compiled in (False, True):
+        decoder = build(config, seams=_seams(TrainConfig(), 16, device=torch.device("cpu"), compiled=compiled))
         decoder.compute_dtype = compute_dtype(precision)
-        assert _compile_blocks(decoder, choice, torch.device("cpu")) is None
+        if compiled:
+            compile_blocks(decoder)
         terms = decoder(tokens[:, :-1], tokens[:, 1:], documents)
         (terms.token_loss_sum + terms.router_loss_sum).backward()
         outcomes.append((terms, {name: p.grad for name, p in decoder.named_parameters()}))

@@ -162,17 +162,14 @@ def test_half_a_line_is_no_line(tmp_path: Path) -> None:
 
 
 def test_without_a_compiler_training_is_eager_with_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megamodel.model.decoder import Decoder
     from megamodel.train import build
-    from tests.megamodel.small import small_config
 
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.delenv("CXX", raising=False)
     assert find_compiler("cpu") is None
-    decoder = Decoder(small_config())
-    notice = build._compile_blocks(decoder, "auto", torch.device("cpu"))
+    notice = build._missing_compiler("auto", torch.device("cpu"))
     assert notice is not None
     assert "apt-get install g++" in notice
-    assert "forward" not in vars(decoder.layers[0])
+    assert build._missing_compiler("off", torch.device("cpu")) is None
     with pytest.raises(TrainingError, match=r'set train\.compile = "off"'):
-        build._compile_blocks(decoder, "on", torch.device("cpu"))
+        build._missing_compiler("on", torch.device("cpu"))

@@ -51,7 +51,7 @@ def share(batch: TokenBatch, world: World, micro: int) -> list[TokenBatch]:
 
 def make(world: World, engine: str, optimizer: str, model_config=CONFIG) -> tuple[BuiltModel, TrainStep]:
     train = TrainConfig(precision="fp32", compile="off")
-    built = build_model(model_config, train, ParallelConfig(data_engine=engine), world=world, seed=3)
+    built = build_model(model_config, train, ParallelConfig(data_engine=engine), world=world, seed=3, seq_len=SEQ)
     optimizers = build_optimizers(built.decoder, OptimizerConfig(name=optimizer, lr=1e-2), compute_dtype("fp32"), world)
     step = TrainStep(
         world=world, decoder=built.decoder, data_parallel=built.data_parallel, optimizers=optimizers, max_norm=1.0
@@ -183,7 +183,7 @@ def test_a_stop_asked_of_one_rank_reaches_all(gloo_ranks: GlooPool) -> None:
 
 def bf16_losses(world: World, engine: str, precision: str) -> list[float]:
     train = TrainConfig(precision=precision, compile="off")
-    built = build_model(CONFIG, train, ParallelConfig(data_engine=engine), world=world, seed=3)
+    built = build_model(CONFIG, train, ParallelConfig(data_engine=engine), world=world, seed=3, seq_len=SEQ)
     optimizers = build_optimizers(
         built.decoder, OptimizerConfig(name="adamw", lr=1e-3), compute_dtype(precision), world
     )
@@ -205,7 +205,7 @@ def test_bf16_keeps_float32_weights_and_follows_fp32(gloo_ranks: GlooPool, engin
 
 def rotary_dtype(world: World) -> torch.dtype:
     train = TrainConfig(precision="bf16", compile="off")
-    built = build_model(CONFIG, train, ParallelConfig(data_engine="fsdp2"), world=world, seed=3)
+    built = build_model(CONFIG, train, ParallelConfig(data_engine="fsdp2"), world=world, seed=3, seq_len=SEQ)
     seen: list[torch.dtype] = []
     attention = built.decoder.layers[0].attention
     attention.register_forward_pre_hook(lambda module, args: seen.append(args[1].dtype))
