@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "moe-7m": {
         "vocab_size": 4096,
         "max_seq_len": 1024,
-        "num_layers": 5,
+        "num_layers": 3,
         "d_model": 256,
         "num_heads": 4,
         "num_kv_heads": 2,
@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_norm": True,
         "norm_eps": 1e-6,
         "tie_embeddings": True,
-        "moe": {"num_experts": 4, "top_k": 2, "d_ff": 384, "first_layer": 1},
+        "moe": {"num_experts": 8, "top_k": 2, "d_ff": 288},
     },
     # Llama 3 (Grattafiori et al. 2024, table 3).
     "llama3-8b": {**_LLAMA_3, "num_layers": 32, "d_model": 4096, "num_heads": 32, "d_ff": 14_336},
