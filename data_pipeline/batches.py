@@ -117,7 +117,7 @@ class BatchLoader:
 
 
 class ValidationBatches:
-    """The first `max_samples` rows of a data set (all when None), each once, in order, dealt out to the ranks.
+    """`max_samples` rows spread evenly over a data set (all when None), each once, in order, dealt out to the ranks.
 
     Every rank gets the same number of batches of the same size; where rows run out, rows without a single label take
     their place. So the loss over all ranks, a sum over labels, does not depend on the number of ranks.
@@ -146,7 +146,7 @@ class ValidationBatches:
 
     def _row(self, index: int) -> Sample:
         if index < self._num_samples:
-            return self._dataset[index]
+            return self._dataset[index * len(self._dataset) // self._num_samples]
         row = self._dataset[0]
         return Sample(
             tokens_S=row.tokens_S,

@@ -51,26 +51,34 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(grad_CV, weight_VD, out=grad_x_TD[start : start + chunk])
                 grad_w_VD += grad_CV.t() @ x_CD
         if grad_x_TD is not None and grad_w_VD is not None:
-            ctx.save_for_backward(grad_x_TD, grad_w_VD.to(w_VD.dtype))
+            ctx.save_for_backward(grad_x_TD, grad_w_VD)
+            ctx.weight_dtype = w_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_x_TD, grad_w_VD = ctx.saved_tensors
-        return grad_x_TD * grads[0].to(grad_x_TD.dtype), grad_w_VD * grads[0].to(grad_w_VD.dtype), None, None, None
+        # The factor (one over the number of tokens) stays float32: rounded, it would scale both gradients, and unequally.
+        grad_x_TD = (grad_x_TD.float() * grads[0]).to(grad_x_TD.dtype)
+        return grad_x_TD, (grad_w_VD * grads[0]).to(ctx.weight_dtype), None, None, None
 
 
 class ChunkedTokenLoss:
-    """`TokenLoss` of one process: peak memory is that of `chunk` rows of logits, not of the batch.
+    """`TokenLoss` of one process: peak memory is that of a chunk of rows of logits, not of the batch.
 
-    `terms` is `chunk_terms`, or a compiled version of it, which passes over the logits fewer times.
+    A chunk has at most `max_rows` rows and about `max_logits` numbers. `terms` is `chunk_terms`, or a compiled version of
+    it, which passes over the logits fewer times.
     """
 
-    def __init__(self, chunk: int = 1024, terms: Callable[..., ChunkTerms] = chunk_terms) -> None:
-        self.chunk = chunk
+    def __init__(
+        self, *, max_rows: int = 1024, max_logits: int = 2**25, terms: Callable[..., ChunkTerms] = chunk_terms
+    ) -> None:
+        self.max_rows = max_rows
+        self.max_logits = max_logits
         self.terms = terms
 
     def __call__(self, x_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> Tensor:
         """Sum of -log softmax(x w^T)[label] over tokens with label >= 0, in nats (float32 scalar)."""
-        total: Tensor = _ChunkedCrossEntropy.apply(x_TD, w_VD, labels_T, self.chunk, self.terms)
+        chunk = min(self.max_rows, max(1, self.max_logits // w_VD.shape[0]))
+        total: Tensor = _ChunkedCrossEntropy.apply(x_TD, w_VD, labels_T, chunk, self.terms)
         return total

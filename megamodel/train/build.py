@@ -33,6 +33,7 @@ class BuiltModel:
 
     decoder: Decoder
     data_parallel: DataParallel
+    compiled: bool
     notice: str | None
 
 
@@ -42,11 +43,12 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def build_model(
-    model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, *, world: World, seed: int, seq_len: int
+    model: ModelConfig, train: TrainConfig, parallel: ParallelConfig, *, world: World, seed: int | None, seq_len: int
 ) -> BuiltModel:
     """A decoder with initial weights that depend on the seed alone, spread over the ranks. A collective.
 
-    `seq_len`, the length of training rows in tokens, has a say in how attention is computed.
+    Without a seed the weights are left undefined: a checkpoint fills them. `seq_len`, the length of training rows in
+    tokens, has a say in how attention is computed.
     """
     notice = _missing_compiler(train.compile, world.device)
     compiled = train.compile != "off" and notice is None
@@ -69,13 +71,15 @@ def build_model(
     )
     if sharded:
         materialize(decoder, world.device, model, seed)
-    return BuiltModel(decoder=decoder, data_parallel=data_parallel, notice=notice)
+    return BuiltModel(decoder=decoder, data_parallel=data_parallel, compiled=compiled, notice=notice)
 
 
 @torch.no_grad()
-def materialize(decoder: nn.Module, device: torch.device, config: ModelConfig, seed: int) -> None:
-    """Gives a decoder on meta memory and initial weights; a sharded tensor gets its part of the same whole."""
+def materialize(decoder: nn.Module, device: torch.device, config: ModelConfig, seed: int | None) -> None:
+    """Gives a decoder on meta memory, and with a seed initial weights: a sharded tensor its part of the same whole."""
     decoder.to_empty(device=device)
+    if seed is None:
+        return
     for name, tensor in [*decoder.named_parameters(), *decoder.named_buffers()]:
         value = initial_value(name, tensor.shape, config, seed).to(device)
         if isinstance(tensor, DTensor):

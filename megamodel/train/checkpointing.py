@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from megamodel.errors import TrainingError
 from megamodel.train.build import BuiltModel
 from megamodel.train.job import TrainingJob
 from megamodel.train.optimizer import Optimizers
-from parallel.checkpoint.directory import CheckpointInfo, CorruptCheckpoint
+from parallel.checkpoint.directory import CheckpointInfo
 from parallel.checkpoint.store import CheckpointStore, SaveHandle
 from parallel.checkpoint.training_state import load_training_state, training_state
 from parallel.world import World
@@ -29,6 +28,7 @@ class Progress:
     """Global samples consumed."""
     tokens: int = 0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 class RunCheckpoints:
@@ -65,15 +65,12 @@ class RunCheckpoints:
         }
         return self._store.save(progress.step, state, metadata=metadata, asynchronous=asynchronous)
 
-    def restore(self, *, on_corrupt: Callable[[CorruptCheckpoint], None]) -> Progress:
-        """Loads the newest good checkpoint, if there is one, and says where the run stands. A collective.
+    def restore(self, info: CheckpointInfo) -> Progress:
+        """Loads a checkpoint and says where the run stands. A collective.
 
         Raises `TrainingError` when the checkpoint is of another model, seed or data set: going on would silently train
         something else.
         """
-        info = self._store.latest(on_corrupt=on_corrupt)
-        if info is None:
-            return Progress()
         self._refuse_another_run(info)
         rank_key = f"rank_{self._world.rank}"
         others = {"per_rank": {rank_key: {"random": _random_state()}}}

@@ -7,7 +7,7 @@ can be made orthogonal. Both are done here; on 2-D unsharded parameters the resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from parallel.world import World
 # Coefficients of the quintic iteration, and its steps, as Jordan et al. chose them.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
+_BUCKET_ELEMENTS = 2**28
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,11 +61,12 @@ class Muon(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            updates = [self._with_momentum(parameter, group["momentum"]) for parameter in parameters]
-            for parameter, direction in zip(parameters, self._directions(updates), strict=True):
-                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction, alpha=-0.2 * group["lr"] * max(parameter.shape[-2:]) ** 0.5)
+            with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for parameters in _buckets(with_grad):
+                updates = [self._with_momentum(parameter, group["momentum"]) for parameter in parameters]
+                for parameter, direction in zip(parameters, self._directions(updates), strict=True):
+                    parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                    parameter.add_(direction, alpha=-0.2 * group["lr"] * max(parameter.shape[-2:]) ** 0.5)
 
     def _with_momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         state = self.state[parameter]
@@ -114,6 +116,18 @@ class Muon(Optimizer):
         direction = orthogonalize(update.full_tensor(), self._dtype).to(update.dtype)
         # Every rank has computed the same whole matrix, so its shards need no sending (src_data_rank=None).
         return distribute_tensor(direction, mesh, placements, src_data_rank=None)
+
+
+def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cuts a list so that a bucket's updates, which live at once, stay small beside a large model."""
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        if bucket and sum(other.numel() for other in bucket) + parameter.numel() > _BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def assign_owners(costs: list[float], num_ranks: int) -> list[int]:

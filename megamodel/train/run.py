@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from megamodel.train.build import build_model, compute_dtype
 from megamodel.train.callbacks.base import Callback, RunFacts
 from megamodel.train.callbacks.progress import ProgressLine
 from megamodel.train.callbacks.records import JsonlRecords, TensorBoardRecords
-from megamodel.train.checkpointing import Progress, RunCheckpoints
+from megamodel.train.checkpointing import Progress, RunCheckpoints, identity
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.optimizer import build_optimizers
 from megamodel.train.run_directory import RunDirectory
@@ -29,29 +29,39 @@ from parallel.checkpoint.store import CheckpointStore
 from parallel.world import World, open_world
 
 
-def train(job: TrainingJob, *, console: Console) -> TrainingResult:
+def train(job: TrainingJob, *, console: Console, on_accepted: Callable[[], None] | None = None) -> TrainingResult:
     """Trains, or continues, the run of `job` to its end or to a stop signal. Every rank of the run calls it.
+
+    `on_accepted` is called on rank 0 once nothing speaks against training any more: the ranks agree, and the checkpoint to
+    continue from, if there is one, is of this run.
 
     Raises the user errors of the parts (`exit_code` says how the process should end).
     """
     # Before the ranks meet: reading a large corpus may take longer than ranks should wait in a collective.
     prepared = prepare(job.data, progress=lambda stage, share: _say_stage(console, stage, share))
     with open_world(device=job.device, timeout_seconds=job.parallel.timeout_seconds) as world:
-        return train_in_world(job, prepared, world, console=console)
+        return train_in_world(job, prepared, world, console=console, on_accepted=on_accepted)
 
 
 def train_in_world(
-    job: TrainingJob, prepared: PreparedData, world: World, *, console: Console, callbacks: Sequence[Callback] = ()
+    job: TrainingJob,
+    prepared: PreparedData,
+    world: World,
+    *,
+    console: Console,
+    callbacks: Sequence[Callback] = (),
+    on_accepted: Callable[[], None] | None = None,
 ) -> TrainingResult:
     """`train` for ranks that have met already, with data that is prepared. A collective.
 
     `callbacks` watch the run on this rank, after those that every run has on its first rank.
     """
+    _check_agreement(job, prepared, world)
     data = _open_data(job, prepared, world)
     directory = RunDirectory(job.run_directory)
     watchers = [*(_callbacks(job, directory, console) if world.is_main else []), *callbacks]
     try:
-        return _train(job, prepared, data, world, directory, watchers)
+        return _train(job, prepared, data, world, directory, watchers, on_accepted or (lambda: None))
     finally:
         for callback in watchers:
             callback.close()
@@ -64,18 +74,20 @@ def _train(
     world: World,
     directory: RunDirectory,
     callbacks: list[Callback],
+    on_accepted: Callable[[], None],
 ) -> TrainingResult:
     _check_batch(job, world)
-    built = build_model(job.model, job.train, job.parallel, world=world, seed=job.seed, seq_len=job.data.seq_len)
-    optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision), world)
-    step = TrainStep(
-        world=world,
-        decoder=built.decoder,
-        data_parallel=built.data_parallel,
-        optimizers=optimizers,
-        max_norm=job.train.clip_grad_norm,
-    )
     with CheckpointStore(directory.checkpoints, world, keep_last=job.train.checkpoint.keep_last) as store:
+        found = store.latest(on_corrupt=lambda corrupt: _tell_corrupt(callbacks, corrupt))
+        built = build_model(
+            job.model,
+            job.train,
+            job.parallel,
+            world=world,
+            seed=job.seed if found is None else None,
+            seq_len=job.data.seq_len,
+        )
+        optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision), world)
         store.overlap_with(optimizers.members)
         checkpoints = RunCheckpoints(
             store=store,
@@ -85,13 +97,22 @@ def _train(
             job=job,
             manifest_hash=prepared.manifest_hash,
         )
-        progress = checkpoints.restore(on_corrupt=lambda corrupt: _tell_corrupt(callbacks, corrupt))
+        progress = Progress() if found is None else checkpoints.restore(found)
+        if world.is_main:
+            on_accepted()
         if progress.step >= job.train.steps:
             return _result(job, prepared, directory, LoopResult.already_finished(progress))
         if world.is_main:
             directory.keep_tokenizer(prepared.tokenizer_path)
             directory.forget_metrics_after(progress.step)
         _tell_start(callbacks, progress, built.notice)
+        step = TrainStep(
+            world=world,
+            decoder=built.decoder,
+            data_parallel=built.data_parallel,
+            optimizers=optimizers,
+            max_norm=job.train.clip_grad_norm,
+        )
         trainer = Trainer(
             world=world,
             config=job.train,
@@ -124,6 +145,25 @@ def _open_data(job: TrainingJob, prepared: PreparedData, world: World) -> Traini
         document_mask=job.data.document_mask,
         seed=job.seed,
     )
+
+
+def _check_agreement(job: TrainingJob, prepared: PreparedData, world: World) -> None:
+    """Ranks with another configuration or other data would train on, in step and wrong."""
+    mine = identity(job, prepared.manifest_hash)
+    for section, config in (("train", job.train), ("parallel", job.parallel)):
+        mine |= {f"{section}.{key}": value for key, value in config.model_dump(mode="json").items()}
+    everyone = world.all_gather_object(mine)
+    problems = [
+        f"{key} is {values[key]!r} on rank {rank} and {everyone[0].get(key)!r} on rank 0"
+        for rank, values in enumerate(everyone)
+        for key in values
+        if values[key] != everyone[0].get(key)
+    ]
+    if problems:
+        raise TrainingError(
+            f"the ranks do not train the same: {'; '.join(problems[:5])}. Start all with one configuration, on hosts with "
+            "equal data"
+        )
 
 
 def _check_batch(job: TrainingJob, world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -56,8 +57,11 @@ class RunDirectory:
 
 def _append_line(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    with path.open("ab+") as file:
+        # A killed process may have left half a line, which the next one must not be glued to.
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -65,6 +69,6 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open() as file:
         for line in file:
-            # A killed process may leave half a line at the end.
-            if line.endswith("\n"):
+            # A killed process may leave half a line.
+            with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -79,8 +80,8 @@ class Trainer:
         self.progress = progress
         self._share = config.global_batch_size // world.world_size
         self._micro = config.micro_batch_size or self._share
-        self._skipped_in_a_row = 0
         self._save: SaveHandle | None = None
+        self._validated_step = 0
         self._speed = _Speed()
 
     def run(self) -> LoopResult:
@@ -135,6 +136,7 @@ class Trainer:
             position=loader.position,
             tokens=self.progress.tokens + result.num_tokens,
             skipped_steps=self.progress.skipped_steps + result.skipped,
+            skipped_in_a_row=self.progress.skipped_in_a_row + 1 if result.skipped else 0,
         )
         seconds = time.perf_counter() - started
         if number > self.facts.first_step:  # the first one compiles
@@ -162,13 +164,11 @@ class Trainer:
 
     def _watch_skipped(self, result: StepResult, number: int) -> None:
         if not result.skipped:
-            self._skipped_in_a_row = 0
             return
-        self._skipped_in_a_row += 1
         self._tell("skip", step=number, message=f"step {number}: gradient is NaN or infinite, no update made")
-        if self._skipped_in_a_row >= self.config.max_skipped_steps:
+        if self.progress.skipped_in_a_row >= self.config.max_skipped_steps:
             raise TrainingError(
-                f"step {number}: the gradient was NaN or infinite in {self._skipped_in_a_row} steps in a row; lower "
+                f"step {number}: the gradient was NaN or infinite in {self.progress.skipped_in_a_row} steps in a row; lower "
                 "train.optimizer.lr, or continue from an earlier checkpoint (remove the newer ones)"
             )
 
@@ -184,11 +184,13 @@ class Trainer:
             dp_size=self.world.world_size,
             max_samples=None if number == self.config.steps else limit,
         )
+        self._validated_step = number
         result = validate(
             self.built.data_parallel.model,
             (self._to_device(batch) for batch in batches),
             world=self.world,
             bytes_of_token_V=self.data.bytes_of_token_V,
+            reuse_training_graph=self.built.compiled and self.world.device.type == "cpu",
         )
         for callback in self.callbacks:
             callback.on_validation(number, result, time.perf_counter() - started)
@@ -200,9 +202,13 @@ class Trainer:
         if self._save is not None:  # saving takes longer than the steps between two saves
             self._save.wait()
             self._report_save()
-        record = {"loss": last.loss}
+        record: dict[str, Any] = {"loss": last.loss}
         if validation is not None:
-            record |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+            record |= {
+                "val_loss": validation.loss,
+                "val_bits_per_byte": validation.bits_per_byte,
+                "val_step": self._validated_step,
+            }
         self._save = self.checkpoints.save(
             self.progress, record=record, asynchronous=self.config.checkpoint.asynchronous
         )

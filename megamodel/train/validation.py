@@ -26,19 +26,27 @@ class ValidationResult:
 
 
 def validate(
-    module: nn.Module, batches: Iterable[TokenBatch], *, world: World, bytes_of_token_V: Tensor
+    module: nn.Module,
+    batches: Iterable[TokenBatch],
+    *,
+    world: World,
+    bytes_of_token_V: Tensor,
+    reuse_training_graph: bool,
 ) -> ValidationResult:
     """Runs the model on this rank's batches and sums over ranks. A collective: each rank needs as many batches.
 
-    `module` is the model itself, not its data-parallel wrapper: no gradient is reduced. Gradients stay enabled, though no
-    backward follows: without them torch.compile would build every block once more, which takes longer than it saves.
+    `module` is the model itself, not its data-parallel wrapper: no gradient is reduced. `reuse_training_graph` leaves
+    gradients enabled, though no backward follows: without them torch.compile builds every block once more, which on a CPU
+    takes longer than it saves.
     bytes_of_token_V: UTF-8 bytes that each id stands for, 0 for special tokens.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in batches:
-        terms = module(batch.tokens_BS, batch.labels_BS, batch.document_ids_BS)
+        with torch.set_grad_enabled(reuse_training_graph):
+            terms = module(batch.tokens_BS, batch.labels_BS, batch.document_ids_BS)
         labels = batch.labels_BS[batch.labels_BS >= 0]
         sums[0] += terms.token_loss_sum.detach()
+        del terms  # or this batch's activations would live through the next one's forward
         sums[1] += labels.numel()
         sums[2] += bytes_of_token_V[labels].sum()
     nats, tokens, num_bytes = world.all_reduce_sum(sums).tolist()

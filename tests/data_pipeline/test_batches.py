@@ -113,3 +113,11 @@ def test_validation_covers_each_row_once_on_any_number_of_ranks(
     assert {batch.tokens_BS.shape for batch in in_turn} == {(4, 16)}
     rows = [row for batch in in_turn for row in batch.labels_BS.tolist()]
     assert [row for row in rows if set(row) != {IGNORED_LABEL}] == expected
+
+
+def test_a_part_of_the_held_out_rows_is_spread_over_all_of_them(small_data: PreparedData) -> None:
+    dataset = PackedDataset(small_data, "held_out", 4)
+    chosen = [batch.tokens_BS[0].tolist() for batch in ValidationBatches(dataset, batch_size=1, max_samples=3)]
+    assert len(dataset) > 6
+    assert chosen == [dataset[index * len(dataset) // 3].tokens_S.tolist() for index in range(3)]
+    assert chosen != [dataset[index].tokens_S.tolist() for index in range(3)]

@@ -40,7 +40,7 @@ class StepRecord:
     lr: float
     """AdamW's learning rate in this step."""
     step_time_s: float
-    """From the end of the step before, without validation and saving."""
+    """Waiting for the batch, forward, backward and update; without validation, saving and the writing of records."""
     data_s: float
     """Waiting for the batch."""
     save_s: float

@@ -61,8 +61,8 @@ class JsonlRecords(Callback):
         self._directory.append_metrics(
             {
                 "step": step,
-                "val_loss": result.loss,
-                "val_bits_per_byte": result.bits_per_byte,
+                "val_loss": _finite(result.loss),
+                "val_bits_per_byte": _finite(result.bits_per_byte),
                 "val_tokens": result.num_tokens,
                 "val_bytes": result.num_bytes,
                 "validation_s": seconds,

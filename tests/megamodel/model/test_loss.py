@@ -44,7 +44,7 @@ def _inputs(tokens: int, d_model: int, vocab: int, dtype: torch.dtype = torch.fl
 def test_value_and_gradients(chunk: int) -> None:
     x_TD, w_VD, labels_T = _inputs(33, 8, 50)
     expected = F.cross_entropy(x_TD @ w_VD.t(), labels_T, ignore_index=-100, reduction="sum")
-    found = ChunkedTokenLoss(chunk)(x_TD, w_VD, labels_T)
+    found = ChunkedTokenLoss(max_rows=chunk)(x_TD, w_VD, labels_T)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
     for ours, oracle in zip(
         torch.autograd.grad(found * 0.37, [x_TD, w_VD]), torch.autograd.grad(expected * 0.37, [x_TD, w_VD])
@@ -54,14 +54,14 @@ def test_value_and_gradients(chunk: int) -> None:
 
 def test_ignored_tokens_get_no_gradient() -> None:
     x_TD, w_VD, labels_T = _inputs(12, 8, 50)
-    ChunkedTokenLoss(5)(x_TD, w_VD, labels_T).backward()
+    ChunkedTokenLoss(max_rows=5)(x_TD, w_VD, labels_T).backward()
     assert x_TD.grad is not None
     assert (x_TD.grad.abs().sum(dim=1) > 0).tolist() == (labels_T >= 0).tolist()
 
 
 def test_no_label_at_all() -> None:
     x_TD, w_VD, labels_T = _inputs(6, 8, 50)
-    loss = ChunkedTokenLoss(4)(x_TD, w_VD, torch.full_like(labels_T, -100))
+    loss = ChunkedTokenLoss(max_rows=4)(x_TD, w_VD, torch.full_like(labels_T, -100))
     loss.backward()
     assert float(loss) == 0.0
     assert x_TD.grad is not None
@@ -77,20 +77,20 @@ def test_one_side_frozen(frozen: str) -> None:
     leaf = w_VD if frozen == "x" else x_TD
     expected = F.cross_entropy(x_TD @ w_VD.t(), labels_T, ignore_index=-100, reduction="sum")
     (oracle,) = torch.autograd.grad(expected, [leaf])
-    (ours,) = torch.autograd.grad(ChunkedTokenLoss(4)(x_TD, w_VD, labels_T), [leaf])
+    (ours,) = torch.autograd.grad(ChunkedTokenLoss(max_rows=4)(x_TD, w_VD, labels_T), [leaf])
     torch.testing.assert_close(ours, oracle, rtol=1e-5, atol=1e-5)
 
 
 def test_large_logits_do_not_overflow() -> None:
     x_TD, w_VD, labels_T = _inputs(9, 8, 50)
     expected = F.cross_entropy(x_TD * 1e4 @ w_VD.t(), labels_T, ignore_index=-100, reduction="sum")
-    torch.testing.assert_close(ChunkedTokenLoss(4)(x_TD * 1e4, w_VD, labels_T), expected)
+    torch.testing.assert_close(ChunkedTokenLoss(max_rows=4)(x_TD * 1e4, w_VD, labels_T), expected)
 
 
 def test_bf16_activations_with_fp32_weights() -> None:
     x_TD, w_VD, labels_T = _inputs(40, 16, 60, torch.bfloat16)
     expected = F.cross_entropy(x_TD.float() @ w_VD.t(), labels_T, ignore_index=-100, reduction="sum")
-    found = ChunkedTokenLoss(16)(x_TD, w_VD, labels_T)
+    found = ChunkedTokenLoss(max_rows=16)(x_TD, w_VD, labels_T)
     assert float((found - expected).abs() / expected) < 0.01
     for ours, oracle in zip(torch.autograd.grad(found, [x_TD, w_VD]), torch.autograd.grad(expected, [x_TD, w_VD])):
         assert ours.dtype == oracle.dtype
@@ -100,7 +100,7 @@ def test_bf16_activations_with_fp32_weights() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_logits_of_the_whole_batch_never_exist(tied: bool) -> None:
     config = small_config(vocab_size=4000, tie_embeddings=tied)
-    decoder = build(config, seams=Seams(token_loss=ChunkedTokenLoss(chunk=16)))
+    decoder = build(config, seams=Seams(token_loss=ChunkedTokenLoss(max_rows=16)))
     tokens = random_tokens(config, 8, 64)
     with LargestTensor() as largest:
         decoder(tokens, labels_BS=tokens).token_loss_sum.backward()
@@ -121,12 +121,12 @@ def test_nothing_is_kept_for_the_backward_but_gradients() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        ChunkedTokenLoss(16)(x_TD, w_VD, labels_T)
+        ChunkedTokenLoss(max_rows=16)(x_TD, w_VD, labels_T)
     assert sum(tensor.numel() for tensor in kept) == x_TD.numel() + w_VD.numel()
 
 
 def test_without_gradients_none_are_made() -> None:
     x_TD, w_VD, labels_T = _inputs(64, 8, 500)
     with torch.no_grad(), LargestTensor() as largest:
-        ChunkedTokenLoss(2)(x_TD, w_VD, labels_T)
+        ChunkedTokenLoss(max_rows=2)(x_TD, w_VD, labels_T)
     assert largest.elements <= w_VD.numel()

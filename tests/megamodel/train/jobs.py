@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from data_pipeline.config import DataConfig
 from data_pipeline.prepare import prepare
 from data_pipeline.prepared import PreparedData
+from megamodel.model.decoder import Decoder, LossTerms
 from megamodel.train.config import TrainConfig
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.run import train_in_world
@@ -109,3 +111,18 @@ def step_lines(job: TrainingJob) -> list[dict[str, Any]]:
 def losses(job: TrainingJob) -> list[tuple[int, float, float]]:
     """(step, loss, gradient norm) of each step, in full precision."""
     return [(line["step"], line["loss"], line["grad_norm"]) for line in step_lines(job)]
+
+
+def train_poisoned(world: World, job: TrainingJob) -> TrainingResult:
+    """As `train_job`, but every loss is NaN."""
+    original = Decoder.forward
+
+    def poisoned(self: Decoder, *args: Any, **kwargs: Any) -> LossTerms:
+        terms: LossTerms = original(self, *args, **kwargs)
+        return terms._replace(token_loss_sum=terms.token_loss_sum * math.nan)
+
+    Decoder.forward = poisoned  # type: ignore[method-assign]
+    try:
+        return train_job(world, job)
+    finally:
+        Decoder.forward = original  # type: ignore[method-assign]

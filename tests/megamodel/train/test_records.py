@@ -22,9 +22,8 @@ from megamodel.train.callbacks.records import load_entropy
 from megamodel.train.restore import restore_decoder
 from megamodel.train.run_directory import RunDirectory
 from megamodel.train.step import StepResult
-from parallel.world import World
 from tests.gloo_pool import GlooPool, RankFailureError
-from tests.megamodel.train.jobs import prepared, small_job, step_lines, train_job
+from tests.megamodel.train.jobs import prepared, small_job, step_lines, train_job, train_poisoned
 
 
 def test_a_run_leaves_its_records(gloo_ranks: GlooPool, tmp_path: Path) -> None:
@@ -75,22 +74,6 @@ def test_the_restored_decoder_has_the_validation_loss_of_the_run(gloo_ranks: Glo
             tokens += int((row.labels_S >= 0).sum())
     assert result.val_loss == pytest.approx(nats / tokens, rel=1e-5)
     assert restored.record["record"]["val_loss"] == result.val_loss
-
-
-def train_poisoned(world: World, job) -> None:
-    from megamodel.model.decoder import Decoder
-
-    original = Decoder.forward
-
-    def poisoned(self, *args, **kwargs):
-        terms = original(self, *args, **kwargs)
-        return terms._replace(token_loss_sum=terms.token_loss_sum * math.nan)
-
-    Decoder.forward = poisoned  # type: ignore[method-assign]
-    try:
-        train_job(world, job)
-    finally:
-        Decoder.forward = original  # type: ignore[method-assign]
 
 
 def test_a_run_of_bad_gradients_ends_with_a_clear_message(gloo_ranks: GlooPool, tmp_path: Path) -> None:
@@ -157,6 +140,8 @@ def test_half_a_line_is_no_line(tmp_path: Path) -> None:
     with run.metrics.open("a") as file:
         file.write('{"step": 4, "lo')
     assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
+    run.append_metrics({"step": 5, "loss": 1.0})
+    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 5]
     run.forget_metrics_after(2)
     assert [line["step"] for line in run.read_metrics()] == [1, 2]
 

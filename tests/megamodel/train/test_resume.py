@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megamodel.errors import TrainingError
+from megamodel.train.build import find_compiler
 from megamodel.train.config import TrainConfig
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.restore import restore_decoder
@@ -18,7 +20,7 @@ from megamodel.train.run_directory import RunDirectory
 from megamodel.train.step import StepResult, TrainStep
 from parallel.world import World
 from tests.gloo_pool import GlooPool, RankFailureError
-from tests.megamodel.train.jobs import losses, prepared, small_job, train_job
+from tests.megamodel.train.jobs import losses, prepared, small_job, step_lines, train_job, train_poisoned
 
 
 class _SignalAtStep:
@@ -156,3 +158,41 @@ def test_a_batch_that_does_not_divide_is_refused(gloo_ranks: GlooPool, tmp_path:
     with pytest.raises(RankFailureError, match=r"global_batch_size \(6\) must be a multiple of ranks"):
         gloo_ranks(2, train_job, job)
     assert TrainingError.exit_code == 1
+
+
+def _train_differently(world: World, jobs: list[TrainingJob]) -> TrainingResult:
+    return train_job(world, jobs[world.rank])
+
+
+def test_ranks_that_would_train_on_different_things_are_refused(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job, longer = small_job(tmp_path), small_job(tmp_path, steps=13)
+    prepared(job)
+    with pytest.raises(RankFailureError, match=r"do not train the same: train\.steps is 13 on rank 1 and 12 on rank 0"):
+        gloo_ranks(2, _train_differently, [job, longer])
+    elsewhere = small_job(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "corpus" / "00.txt").write_text("Something else altogether, on one host alone. " * 9)
+    prepared(elsewhere)
+    with pytest.raises(RankFailureError, match=r"hash of the prepared tokens.*on rank 1"):
+        gloo_ranks(2, _train_differently, [job, replace(elsewhere, run_directory=job.run_directory)])
+
+
+def test_a_run_of_bad_gradients_is_counted_across_restarts(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = small_job(tmp_path, max_skipped_steps=3, checkpoint={"every_steps": 2})
+    for last_step in (2, 3):
+        with pytest.raises(RankFailureError) if last_step == 3 else nullcontext():
+            gloo_ranks(1, train_poisoned, replace(job, train=job.train.model_copy(update={"steps": last_step})))
+    assert [line["skipped_steps"] for line in step_lines(job)] == [1, 2, 3]
+
+
+@pytest.mark.compiler
+@pytest.mark.slow
+@pytest.mark.skipif(find_compiler("cpu") is None, reason="torch.compile needs a C++ compiler: install g++")
+def test_compiled_runs_with_accumulation_resume_bit_equal(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    """What `make train` does, in fp32: compiled blocks, compiled loss, explicit attention."""
+    settings = {"compile": "on", "micro_batch_size": 2, "steps": 8, "validation": {"every_steps": 3}}
+    whole, stopped = (small_job(tmp_path, name=name, **settings) for name in ("whole", "stopped"))
+    prepared(whole)
+    gloo_ranks(2, train_job, whole, timeout_s=200)
+    gloo_ranks(2, _train_with_signal, stopped, 1, 5, signal.SIGTERM, timeout_s=200)
+    gloo_ranks(2, train_job, stopped, timeout_s=200)
+    assert losses(stopped) == losses(whole)
