@@ -8,6 +8,7 @@ from data_pipeline.corpus import open_corpus
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
 from tests.data_pipeline.corpora import texts_of, tiny, write_jsonl
+from tests.requirements import require
 
 TEXTS = [f"row {number}" for number in range(20)]
 
@@ -21,7 +22,9 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A data set as `save_to_disk` leaves it."""
-    datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+    require("datasets")
+    import datasets
+
     datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(20))}).save_to_disk(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -36,7 +39,9 @@ def test_saved_data_set(saved: Path, tmp_path: Path) -> None:
 
 
 def test_saved_splits(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+    require("datasets")
+    import datasets
+
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     datasets.DatasetDict({"train": rows, "extra": rows.select([3])}).save_to_disk(tmp_path / "saved")
     corpus = open_corpus(DataConfig(source="huggingface", path=str(tmp_path / "saved"), split="extra"))
@@ -46,7 +51,7 @@ def test_saved_splits(tmp_path: Path) -> None:
 
 
 def test_local_files(tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="the extra hf is not installed")
+    require("datasets")
     write_jsonl(tmp_path / "rows" / "a.jsonl", TEXTS)
     cache = str(tmp_path / "cache")
     config = DataConfig(source="huggingface", path=str(tmp_path / "rows"), cache_directory=cache)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.requirements import require
+
 _COMMON: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 32,
@@ -42,7 +44,9 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def write_checkpoint(name: str, folder: Path) -> Any:
     """Writes the checkpoint into `folder`; returns transformers' model."""
-    transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+    require("transformers")
+    import transformers
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     prefix, fields = CHECKPOINTS[name]

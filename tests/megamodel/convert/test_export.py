@@ -24,10 +24,9 @@ from megamodel.generate.config import GenerateConfig
 from megamodel.generate.text import generate_text
 from tests.megamodel.small import MLA, MOE, build, small_config
 from tests.megamodel.tokenizers_for_tests import write_small_tokenizer
+from tests.requirements import requires
 
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="needs the extra hf (transformers)"
-)
+needs_transformers = requires("transformers")
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"tie_embeddings": True},
     "qwen3": {"qk_norm": True},

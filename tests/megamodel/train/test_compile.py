@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megamodel.train.build import _seams, compile_blocks, compute_dtype, find_compiler
+from megamodel.train.build import _seams, compile_blocks, compute_dtype
 from megamodel.train.config import TrainConfig
 from tests.megamodel.small import MOE, build, random_tokens, small_config
+from tests.requirements import requires
 
 pytestmark = [
     pytest.mark.compiler,
     pytest.mark.slow,
-    pytest.mark.skipif(find_compiler("cpu") is None, reason="torch.compile needs a C++ compiler: install g++"),
+    requires("compiler"),
 ]
 
 

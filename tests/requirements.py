@@ -1,0 +1,66 @@
+"""What some tests need and a machine may lack. Such a test is skipped and says why.
+
+`MEGA_REQUIRE=compiler,transformers` turns the skip into a failure for what it names: a machine that is meant to have it
+must not pass by skipping.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Requirement:
+    is_there: Callable[[], bool]
+    mend: str
+
+
+def _package(name: str, extra: str) -> _Requirement:
+    return _Requirement(is_there=lambda: importlib.util.find_spec(name) is not None, mend=f"install the extra {extra}")
+
+
+def _has_compiler() -> bool:
+    from megamodel.train.build import find_compiler
+
+    return find_compiler("cpu") is not None
+
+
+_REQUIREMENTS = {
+    "compiler": _Requirement(is_there=_has_compiler, mend="install g++"),
+    "transformers": _package("transformers", "hf"),
+    "datasets": _package("datasets", "hf"),
+    "accelerate": _package("accelerate", "dev"),
+}
+
+
+def missing(name: str) -> str | None:
+    """Why what `name` means cannot be used here, or None where it can.
+
+    Fails where it is missing and MEGA_REQUIRE names it, or MEGA_REQUIRE names what no test knows.
+    """
+    required = {word.strip() for word in os.environ.get("MEGA_REQUIRE", "").split(",") if word.strip()}
+    if unknown := sorted(required - _REQUIREMENTS.keys()):
+        pytest.fail(f"MEGA_REQUIRE names {', '.join(unknown)}; known are {', '.join(_REQUIREMENTS)}", pytrace=False)
+    if _REQUIREMENTS[name].is_there():
+        return None
+    reason = f"needs {name}, which is not here: {_REQUIREMENTS[name].mend}"
+    if name in required:
+        pytest.fail(f"{reason} (MEGA_REQUIRE asks for it)", pytrace=False)
+    return reason
+
+
+def requires(name: str) -> pytest.MarkDecorator:
+    """A mark for tests that need `name`."""
+    reason = missing(name)
+    return pytest.mark.skipif(reason is not None, reason=reason or "")
+
+
+def require(name: str) -> None:
+    """The same in the middle of a test or a fixture."""
+    if reason := missing(name):
+        pytest.skip(reason)
