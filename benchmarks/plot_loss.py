@@ -1,6 +1,6 @@
 """Draws a run's losses from its metrics.jsonl: the picture in README.md.
 
-    python benchmarks/plot_loss.py runs/quickstart docs/images/quickstart-loss.png
+python benchmarks/plot_loss.py runs/quickstart docs/images/quickstart-loss.png
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def plot(run: Path, picture: Path) -> None:
     held_out = [steps[line["step"]]["tokens"] / 1e6 for line in validations]
     axis.plot(held_out, [line["val_loss"] for line in validations], "o-", label="held-out files")
     for x, line in zip(held_out, validations, strict=True):
-        axis.annotate(f"{line['val_bits_per_byte']:.2f} bits/byte", (x, line["val_loss"]), (4, 8), textcoords="offset points")
+        axis.annotate(
+            f"{line['val_bits_per_byte']:.2f} bits/byte", (x, line["val_loss"]), (4, 8), textcoords="offset points"
+        )
     axis.set_xlabel("million tokens")
     axis.set_ylabel("loss, nats a token")
     axis.legend()

@@ -143,6 +143,7 @@ def _as_object(result: TrainingResult, export_path: Path | None) -> dict[str, An
         "val_bits_per_byte": result.val_bits_per_byte,
         "tokens": result.tokens,
         "tokens_per_s": result.tokens_per_s,
+        "baselines": result.baselines,
         "finished": result.finished,
         "export": str(export_path) if export_path else None,
     }

@@ -23,7 +23,7 @@ from parallel.config import ParallelConfig
 from parallel.data_parallel import DataParallel, wrap
 from parallel.world import World
 
-_EXPLICIT_UP_TO = 512
+_EXPLICIT_UP_TO = 256
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

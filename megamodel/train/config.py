@@ -99,7 +99,7 @@ class TrainConfig(BaseModel):
     """torch.compile of each block: `auto` compiles where a compiler is installed, and says so where none is."""
     attention: Literal["auto", "sdpa", "explicit"] = "auto"
     """How attention is computed: `sdpa` by torch's fused kernels; `explicit` makes the matrix of scores, which takes memory
-    quadratic in data.seq_len; `auto` takes `explicit` on CPUs for rows up to 512 tokens when compiled, else `sdpa`."""
+    quadratic in data.seq_len; `auto` takes `explicit` on CPUs for rows up to 256 tokens when compiled, else `sdpa`."""
     clip_grad_norm: float = Field(default=1.0, gt=0)
     """Largest global gradient norm; larger gradients are scaled down to it."""
     max_skipped_steps: int = Field(default=10, gt=0)

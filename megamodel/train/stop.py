@@ -11,7 +11,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """In a `with`: notes the first of STOP_SIGNALS. A second one ends the process at once, as without this class."""
+    """In a `with`: notes the first of STOP_SIGNALS. Later ones change nothing, since a scheduler's warning is followed by its
+    SIGTERM while the save is under way; but a second Ctrl-C kills the process at once (130 in a shell), saved or not.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -30,13 +32,14 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        for number, handler in self._previous.items():
+            # After a failure nothing may be saved: the handlers from before, which end in good order, would be wrong.
+            signal.signal(number, handler if error is None else signal.SIG_DFL)
+        self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        if self.signal_name is None:
+            self.signal_name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            # The system's own action, since it also ends a process that hangs where no handler of Python's is reached.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
