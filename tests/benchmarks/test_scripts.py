@@ -1,0 +1,72 @@
+"""Each script of benchmarks/ runs at a toy size and prints one JSON object. What it measures is not judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BENCHMARKS = REPOSITORY / "benchmarks"
+CHECK_FAILED = 3
+
+
+def run_script(script: str, *arguments: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
+    command = [sys.executable, *launcher, str(BENCHMARKS / script), *arguments, "--json"]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.stdout.startswith("{"), done.stderr[-3000:]
+    result = json.loads(done.stdout)
+    assert {"benchmark", "met", "summary", "hardware", "versions", "command", "date"} <= result.keys()
+    # torchrun turns every exit code but 0 into 1.
+    assert done.returncode == (0 if result["met"] else 1 if launcher else CHECK_FAILED), done.stderr[-3000:]
+    return result
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> list[str]:
+    """Options of training_loop.py for a decoder and a corpus that take no time."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    generator = random.Random(0)
+    for number in range(30):
+        (corpus / f"{number}.txt").write_text(
+            " ".join(generator.choices(["a", "few", "words", "of", "no", "sense"], k=300))
+        )
+    size = {"preset": "moe-tiny", "seq-len": 32, "batch-size": 4, "vocab-size": 280, "compile": "off", "device": "cpu"}
+    timing = {"blocks": 2, "block-steps": 2, "warmup-steps": 2}
+    paths = {"corpus": corpus, "cache": tmp_path / "cache"}
+    return [f"--{name}={value}" for name, value in {**size, **timing, **paths}.items()]
+
+
+def test_startup() -> None:
+    result = run_script("startup.py", "--repeats", "1")
+    assert set(result["median_s"]) == {"mega --help", "mega config check configs/quickstart.toml", "python -c pass"}
+
+
+def test_training_loop_does_the_same_work_as_the_bare_one(toy: list[str]) -> None:
+    result = run_script("training_loop.py", *toy)
+    assert result["largest_warmup_loss_difference"] == 0.0
+    assert [len(block) for block in result["step_s"]["ours"]] == [2, 2]
+    assert [len(block) for block in result["step_s"]["bare"]] == [2, 2]
+    assert result["ratio"] > 0
+
+
+def test_training_loop_on_two_ranks(toy: list[str]) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    result = run_script("training_loop.py", *toy, launcher=launcher)
+    assert result["ranks"] == 2
+    assert result["benchmark"] == "training_loop_bare_2_ranks"
+
+
+def test_training_loop_beside_transformers(toy: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    result = run_script("training_loop.py", *toy, "--preset=dense-7m", "--peer=transformers")
+    assert list(result["comparisons"]) == ["transformers"]
