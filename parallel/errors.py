@@ -14,6 +14,6 @@ class CheckpointError(Exception):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A checkpoint is not what its manifest says."""
+    """A checkpoint is not what its manifest says, or none of a run's checkpoints is."""
 
     exit_code = 3

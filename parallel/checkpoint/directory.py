@@ -15,6 +15,7 @@ Only one run may write to a directory at a time. Every method is for one process
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -35,6 +36,7 @@ _PARTIAL_PREFIX = ".partial-"
 _REPLACED_PREFIX = ".replaced-"
 _REMOVED_PREFIX = ".removed-"
 _CORRUPT_PREFIX = "corrupt-"
+_MANIFEST_VERSION = 1
 
 
 class FileRecord(BaseModel):
@@ -51,7 +53,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    version: int = 1
+    version: Literal[1] = _MANIFEST_VERSION
     step: int
     world_size: int
     saved_at: float
@@ -93,7 +95,7 @@ class CheckpointDirectory:
         for path in self.step_paths():
             try:
                 complete.append(self.read(path))
-            except CorruptCheckpointError:
+            except CheckpointError:
                 continue  # `step_paths` still names it
         return tuple(complete)
 
@@ -104,14 +106,30 @@ class CheckpointDirectory:
         steps = {int(match[1]): path for path in self.root.iterdir() if (match := _STEP_NAME.fullmatch(path.name))}
         return tuple(steps[step] for step in sorted(steps))
 
+    def set_aside_paths(self) -> tuple[Path, ...]:
+        """Everything that was once found corrupt and set aside, by name."""
+        return tuple(sorted(self.root.glob(f"{_CORRUPT_PREFIX}*"))) if self.root.is_dir() else ()
+
     def read(self, path: Path) -> CheckpointInfo:
-        """The checkpoint at `path`. Raises `CorruptCheckpointError` when its manifest is missing or unreadable."""
+        """The checkpoint at `path`.
+
+        Raises `CorruptCheckpointError` when its manifest is missing or damaged, and a plain `CheckpointError` when it
+        cannot be read just now or is of another version of this program: neither says that a byte of it is wrong.
+        """
         try:
-            manifest = Manifest.model_validate_json((path / MANIFEST).read_bytes())
-        except (OSError, ValidationError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not a manifest of this program"
+            content = (path / MANIFEST).read_bytes()
+        except OSError as error:
+            if not _is_missing_inside(path, error):
+                raise _unreadable(path, MANIFEST, error) from error
             raise CorruptCheckpointError(
-                f"checkpoint {path}: cannot read {MANIFEST} ({reason}); remove the directory and use an earlier one"
+                f"checkpoint {path}: {MANIFEST} is missing; remove the directory and use an earlier one"
+            ) from error
+        _refuse_other_version(path, content)
+        try:
+            manifest = Manifest.model_validate_json(content)
+        except ValidationError as error:
+            raise CorruptCheckpointError(
+                f"checkpoint {path}: {MANIFEST} is damaged; remove the directory and use an earlier one"
             ) from error
         if path.name != self.path_of(manifest.step).name:
             raise CorruptCheckpointError(
@@ -206,8 +224,8 @@ class CheckpointDirectory:
         newest_first = self.list()[::-1]
         kept, older = newest_first[:keep_last], [*newest_first[keep_last:]]
         safe = not older or any(known_good is not None and info.path == known_good.path for info in kept)
-        if not safe and all(find_problems(info) for info in kept):
-            last_good = next((info for info in older if not find_problems(info)), None)
+        if not safe and not any(_proves_good(info) for info in kept):
+            last_good = next((info for info in older if _proves_good(info)), None)
             if last_good is None:
                 return ()  # nothing here is good, and nothing is lost by keeping it
             older.remove(last_good)
@@ -244,7 +262,8 @@ def record_file(path: Path) -> FileRecord:
 def find_problems(info: CheckpointInfo, *, part: int = 0, num_parts: int = 1) -> list[str]:
     """Every way in which the files of `info` differ from its manifest; reads files `part, part + num_parts, ...`.
 
-    With `num_parts` ranks each checking its own part, all of the checkpoint is read once.
+    With `num_parts` ranks each checking its own part, all of the checkpoint is read once. Raises `CheckpointError`
+    when a file is there, or was a moment ago, and cannot be read: that is no sign that its bytes are wrong.
     """
     problems = []
     for name in sorted(info.manifest.files)[part::num_parts]:
@@ -256,8 +275,43 @@ def find_problems(info: CheckpointInfo, *, part: int = 0, num_parts: int = 1) ->
             elif record_file(info.path / name).sha256 != expected.sha256:
                 problems.append(f"the content of {name} has changed (SHA-256 differs)")
         except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
+            if not _is_missing_inside(info.path, error):
+                raise _unreadable(info.path, name, error) from error
+            problems.append(f"{name} is missing")
     return problems
+
+
+def _proves_good(info: CheckpointInfo) -> bool:
+    """Whether every file can be read and is what the manifest says."""
+    try:
+        return not find_problems(info)
+    except CheckpointError:
+        return False
+
+
+def _is_missing_inside(path: Path, error: OSError) -> bool:
+    """Whether a finished checkpoint lacks a file. If the whole directory is out of sight, nothing is known of it."""
+    return isinstance(error, FileNotFoundError) and path.is_dir()
+
+
+def _unreadable(path: Path, name: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint {path}: cannot read {name} ({error.strerror}); nothing was changed: see that every rank can read "
+        "the directory, then run this again; if it is lost for good, remove it"
+    )
+
+
+def _refuse_other_version(path: Path, content: bytes) -> None:
+    """Raises `CheckpointError` for a manifest that another version of this program wrote, whatever else it holds."""
+    try:
+        version = json.loads(content)["version"]
+    except (ValueError, TypeError, KeyError):
+        return  # damaged: whoever reads all of it will say so
+    if version != _MANIFEST_VERSION:
+        raise CheckpointError(
+            f"checkpoint {path}: its manifest is of version {version}, and this program reads version "
+            f"{_MANIFEST_VERSION}; use the program that wrote it, or start a run of another name"
+        )
 
 
 def _sync_directory(path: Path) -> None:

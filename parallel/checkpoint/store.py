@@ -216,24 +216,31 @@ class CheckpointStore:
         return None if pending is None else pending.wait()
 
     def latest(self, *, on_corrupt: Callable[[CorruptCheckpoint], None] | None = None) -> CheckpointInfo | None:
-        """The newest checkpoint whose every file matches its manifest, or None. All ranks read a part each.
+        """The newest checkpoint whose every file matches its manifest; None where none was ever made. All ranks read
+        a part each.
 
-        A corrupt one that is met on the way is reported (a warning, and `on_corrupt` on every rank), renamed so that
-        it no longer counts, and passed over.
+        Corrupt ones that are met on the way to it are reported (a warning, and `on_corrupt` on every rank), renamed
+        so that they no longer count, and passed over. Raises `CorruptCheckpointError` when there are checkpoints and
+        none is good, and `CheckpointError` when one cannot be read or is of another version; then nothing is renamed.
         """
         self.wait()
-        for path in on_main(self._world, lambda: self.directory.step_paths()[::-1]):
+        paths, aside = on_main(
+            self._world, lambda: (self.directory.step_paths()[::-1], self.directory.set_aside_paths())
+        )
+        corrupt: list[tuple[Path, list[str]]] = []
+        for path in paths:
             info, problems = self._examine(path)
             if info is not None and not problems:
+                for bad_path, reasons in corrupt:
+                    self._pass_over(bad_path, reasons, on_corrupt)
                 return info
-            aside = on_main(self._world, partial(self.directory.set_aside, path))
-            corrupt = CorruptCheckpoint(step=int(path.name.removeprefix("step-")), path=aside, problems=tuple(problems))
-            if self._world.is_main:
-                _log.warning(
-                    "checkpoint %s is corrupt (%s): set aside as %s, and passed over", path, "; ".join(problems), aside
-                )
-            if on_corrupt is not None:
-                on_corrupt(corrupt)
+            corrupt.append((path, problems))
+        if corrupt or aside:
+            found = [f"{path.name}: {', '.join(problems)}" for path, problems in corrupt]
+            raise CorruptCheckpointError(
+                f"{self.directory.root} holds checkpoints, and none is good ({'; '.join(found) or aside[-1].name}); "
+                "to begin anew, remove that folder, or start under another name (--set run.name=...)"
+            )
         return None
 
     def prune(self, keep_last: int) -> tuple[Path, ...]:
@@ -323,6 +330,19 @@ class CheckpointStore:
         if self._keep_last is not None:
             self.directory.prune(self._keep_last, known_good=info)
         return info
+
+    def _pass_over(
+        self, path: Path, problems: Sequence[str], on_corrupt: Callable[[CorruptCheckpoint], None] | None
+    ) -> None:
+        """Sets a corrupt checkpoint aside, and reports it."""
+        aside = on_main(self._world, partial(self.directory.set_aside, path))
+        if self._world.is_main:
+            _log.warning(
+                "checkpoint %s is corrupt (%s): set aside as %s, and passed over", path, "; ".join(problems), aside
+            )
+        if on_corrupt is not None:
+            step = int(path.name.removeprefix("step-"))
+            on_corrupt(CorruptCheckpoint(step=step, path=aside, problems=tuple(problems)))
 
     def _examine(self, path: Path) -> tuple[CheckpointInfo | None, list[str]]:
         """The checkpoint at `path` and all its problems, alike on all ranks, each of which reads a part of it."""

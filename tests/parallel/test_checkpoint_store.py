@@ -16,7 +16,7 @@ from parallel.checkpoint import store as store_module
 from parallel.checkpoint.directory import CheckpointDirectory, CorruptCheckpoint
 from parallel.checkpoint.store import CheckpointStore
 from parallel.checkpoint.training_state import load_training_state, training_state
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, CorruptCheckpointError
 from parallel.world import World
 from tests.gloo_pool import GlooPool, RankFailureError
 from tests.parallel.models import build, optimizers_of, train
@@ -271,11 +271,71 @@ def test_a_checkpoint_without_its_manifest_does_not_count(gloo_ranks: GlooPool, 
     gloo_ranks(2, save_many, tmp_path)
     for step in (3, 4):
         (tmp_path / f"step-0000000{step}" / "manifest.json").unlink()
-    step, corrupt = latest_of(alone(), tmp_path)
-    assert step is None
-    assert [entry[0] for entry in corrupt] == [4, 3]
-    assert not (tmp_path / "latest").exists()
+    with pytest.raises(CorruptCheckpointError, match=r"none is good \(step-00000004: .*manifest\.json is missing"):
+        latest_of(alone(), tmp_path)
     assert latest_of(alone(), tmp_path / "nothing") == (None, [])
+
+
+def refusal_of(world: World, root: Path) -> Any:
+    """What `latest` says where it takes no checkpoint, and what lies in the folder afterwards."""
+    with CheckpointStore(root, world) as store, pytest.raises(CheckpointError) as caught:
+        store.latest()
+    world.barrier()
+    return str(caught.value), caught.value.exit_code, sorted(path.name for path in root.glob("*step*"))
+
+
+def test_where_no_checkpoint_is_good_nothing_begins_anew(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    gloo_ranks(2, save_many, tmp_path)
+    for shard in tmp_path.glob("step-*/__0_0.distcp"):
+        shard.write_bytes(b"")
+    for _ in range(2):  # the second start finds what the first one found
+        for message, code, names in gloo_ranks(2, refusal_of, tmp_path):
+            assert "holds checkpoints, and none is good (step-00000004: __0_0.distcp has 0 bytes" in message
+            assert "remove that folder, or start under another name" in message
+            assert (code, names) == (3, ["step-00000003", "step-00000004"])
+    for step in (3, 4):
+        (tmp_path / f"step-0000000{step}").rename(tmp_path / f"corrupt-step-0000000{step}")
+    message, code, _ = refusal_of(alone(), tmp_path)
+    assert "none is good (corrupt-step-00000004)" in message
+    assert code == 3
+
+
+def refuse_to_read(world: World, root: Path, name: str) -> Any:
+    """As `refusal_of`, where one file of the newest checkpoint cannot be read."""
+    record_file, read_bytes = directory_module.record_file, Path.read_bytes
+
+    def stale(path: Path) -> Any:
+        if path.name == name:
+            raise OSError(116, "Stale file handle")
+        return read_bytes(path) if name == "manifest.json" else record_file(path)
+
+    if name == "manifest.json":
+        Path.read_bytes = stale  # type: ignore[method-assign]
+    else:
+        directory_module.record_file = stale
+    try:
+        return refusal_of(world, root)
+    finally:
+        directory_module.record_file = record_file
+        Path.read_bytes = read_bytes  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "__1_0.distcp"])
+def test_what_cannot_be_read_is_not_taken_for_corrupt(gloo_ranks: GlooPool, tmp_path: Path, name: str) -> None:
+    gloo_ranks(2, save_many, tmp_path)
+    for message, code, names in gloo_ranks(2, refuse_to_read, tmp_path, name):
+        assert f"step-00000004: cannot read {name} (Stale file handle); nothing was changed" in message
+        assert (code, names) == (1, ["step-00000003", "step-00000004"])
+    assert gloo_ranks(2, latest_of, tmp_path) == [(4, [])] * 2
+
+
+def test_a_manifest_of_another_version_is_left_alone(tmp_path: Path) -> None:
+    save_many(alone(), tmp_path)
+    manifest = tmp_path / "step-00000004" / "manifest.json"
+    manifest.write_text('{"version": 2, "anything": []}')
+    message, code, names = refusal_of(alone(), tmp_path)
+    assert "its manifest is of version 2, and this program reads version 1; use the program that wrote it" in message
+    assert (code, names) == (1, ["step-00000003", "step-00000004"])
 
 
 def die_while_saving(world: World, root: Path, where: str) -> None:
