@@ -20,7 +20,7 @@ from pathlib import Path
 
 from launcher.errors import RankError
 from launcher.failure_record import FailureRecord, read_failure
-from launcher.rank_process import EXIT_STOPPED, FAILURE_FILE, SUPERVISOR_PID, stop_signals
+from launcher.rank_process import EXIT_INTERRUPTED, EXIT_STOPPED, FAILURE_FILE, SUPERVISOR_PID, stop_signals
 
 _POLL_SECONDS = 0.1
 
@@ -84,6 +84,8 @@ class _Ranks:
     grace: Grace
     say: Callable[[str], None]
     forwarded: set[int] = field(default_factory=set)
+    interrupted: bool = False
+    """A second Ctrl-C has ended the ranks at once."""
 
     def supervise(self) -> None:
         """Returns when every rank has ended."""
@@ -113,6 +115,7 @@ class _Ranks:
         """Passes a stop signal on, each kind once. A second Ctrl-C means: at once, without saving."""
         if number in self.forwarded:
             if number == signal.SIGINT:
+                self.interrupted = True
                 self.say("Ending at once. The last complete checkpoint stays.")
                 for rank in running:
                     rank.end_now()
@@ -159,7 +162,7 @@ def run_local_ranks(
             started.append(_start((*command, *arguments), number, shared, log_directory))
         ranks = _Ranks(ranks=started, signals=signals, grace=grace or Grace(), say=say)
         ranks.supervise()
-        return _outcome(started, stop_asked=bool(ranks.forwarded))
+        return _outcome(started, stop_asked=bool(ranks.forwarded), interrupted=ranks.interrupted)
     finally:
         for rank in started:
             rank.end_now()
@@ -184,26 +187,35 @@ def _start(command: Sequence[str], number: int, shared: Mapping[str, str], log_d
     return _Rank(number=number, process=process, log=log, failure_file=failure_file)
 
 
-def _outcome(ranks: Sequence[_Rank], *, stop_asked: bool) -> int:
+def _outcome(ranks: Sequence[_Rank], *, stop_asked: bool, interrupted: bool) -> int:
     """The exit code of the run; raises RankError where a rank failed."""
     codes = [rank.process.returncode for rank in ranks]
     failed = [rank for rank in ranks if rank.process.returncode not in (0, EXIT_STOPPED)]
-    if EXIT_STOPPED in codes and all(rank.ended_by_us for rank in failed):
+    # A rank ends with 75 only when nothing that was trained is lost; the others can but miss it.
+    if EXIT_STOPPED in codes and all(rank.ended_by_us or _lost_a_peer(rank) for rank in failed):
         return EXIT_STOPPED
     if not failed:
         return 0
     if stop_asked and all(rank.ended_by_us for rank in failed):
-        raise RankError("ended before a checkpoint was saved; the same command continues from the last complete one")
+        raise RankError(
+            "ended before a checkpoint was saved; the same command continues from the last complete one",
+            exit_code=EXIT_INTERRUPTED if interrupted else 1,
+        )
     first = min(failed, key=_earliness)
     record = read_failure(first.failure_file)
     raise RankError(_first_cause(first, record, len(ranks)), exit_code=record.exit_code if record else 1)
+
+
+def _lost_a_peer(rank: _Rank) -> bool:
+    record = read_failure(rank.failure_file)
+    return record is not None and record.lost_a_peer
 
 
 def _earliness(rank: _Rank) -> tuple[bool, bool, float]:
     """Orders failures by how likely they are the first cause: ended by us last, then those who lost a peer."""
     record = read_failure(rank.failure_file)
     ended_at = time.time() - (time.monotonic() - (rank.ended_at or time.monotonic()))
-    return rank.ended_by_us, record is not None and record.lost_a_peer, record.at if record else ended_at
+    return rank.ended_by_us, _lost_a_peer(rank), record.at if record else ended_at
 
 
 def _first_cause(rank: _Rank, record: FailureRecord | None, num_ranks: int) -> str:

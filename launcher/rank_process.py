@@ -18,6 +18,9 @@ from types import FrameType
 SUPERVISOR_PID = "MEGA_SUPERVISOR_PID"
 FAILURE_FILE = "MEGA_FAILURE_FILE"
 EXIT_STOPPED = 75
+"""Stopped early, with all that was trained saved."""
+EXIT_INTERRUPTED = 130
+"""Ended by a second Ctrl-C, without saving: 128 + SIGINT, as shells have it."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -52,6 +55,7 @@ def enter(environ: Mapping[str, str]) -> None:
 def stop_before_first_step() -> None:
     """Installs handlers that end this process with 75; the trainer puts its own, which save, in their place.
 
+    They are in force before the first step and, again, once all that was trained is saved: 75 never means a loss.
     A hang-up counts as SIGTERM, so that losing the terminal saves too.
     """
 

@@ -261,7 +261,7 @@ def test_a_second_ctrl_c_ends_at_once(start: Start) -> None:
     driver.wait_for("told-0", "told-1")
     driver.process.send_signal(signal.SIGINT)
     result = driver.result()
-    assert result["code"] == 1
+    assert result["code"] == 130
     assert "ended before a checkpoint was saved; the same command continues" in result["error"]
     assert "said: Stopping after this step and saving; Ctrl-C again ends at once." in driver.output
     assert "said: Ending at once. The last complete checkpoint stays." in driver.output
@@ -270,6 +270,20 @@ def test_a_second_ctrl_c_ends_at_once(start: Start) -> None:
 def test_ranks_that_do_not_follow_one_that_has_stopped_are_ended(start: Start) -> None:
     driver = start(2, _ENTER + "if rank == 1:\n    sys.exit(75)\nhang()")
     assert driver.result() == {"code": 75}
+
+
+def test_ranks_that_miss_one_that_has_stopped_have_stopped_too(start: Start) -> None:
+    driver = start(
+        2,
+        _ENTER
+        + "if rank == 1:\n    sys.exit(75)\nfail('rank 0 of 2 lost the others in an all-reduce (Connection closed)')",
+    )
+    assert driver.result() == {"code": 75}
+
+
+def test_a_rank_that_fails_beside_one_that_has_stopped_is_a_failure(start: Start) -> None:
+    driver = start(2, _ENTER + "if rank == 1:\n    sys.exit(75)\nfail('the disk is full')")
+    assert driver.result() == {"error": "rank 0 of 2: the disk is full", "code": 1}
 
 
 def test_a_rank_that_is_done_waits_for_nobody(start: Start) -> None:
