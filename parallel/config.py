@@ -24,4 +24,8 @@ class ParallelConfig(BaseModel):
     """Precision in which gradients are summed over ranks. `bf16` halves the bytes sent and rounds the sum."""
 
     timeout_seconds: float = Field(default=600.0, gt=0)
-    """Seconds that a rank waits for the others in a collective, and at the start, before it gives up."""
+    """Seconds that a rank waits for the others in a collective before it gives up."""
+
+    rendezvous_timeout_seconds: float = Field(default=3600.0, gt=0)
+    """Seconds that a rank waits at the start for all others to come. Longer than the other, since hosts prepare data
+    before they meet, each at its own speed."""

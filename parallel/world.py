@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from parallel.errors import ParallelError
 
@@ -72,7 +73,9 @@ class World:
             return tensor[None]
         gathered = tensor.new_empty(self.world_size * tensor.numel())
         with self._naming_the_lost("an all-gather"):
-            dist.all_gather_into_tensor(gathered, tensor.contiguous().view(-1))
+            # torch 2.13 renamed it, and warns the user of the name that 2.11 and 2.12 have alone.
+            all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            all_gather(gathered, tensor.contiguous().view(-1))
         return gathered.view(self.world_size, *tensor.shape)
 
     def broadcast_object(self, value: T | None, *, source: int = 0) -> T:
@@ -170,10 +173,13 @@ def choose_device(choice: DeviceChoice, local_rank: int) -> torch.device:
 
 
 @contextmanager
-def open_world(*, device: DeviceChoice = "auto", timeout_seconds: float = 600.0) -> Iterator[World]:
+def open_world(
+    *, device: DeviceChoice = "auto", timeout_seconds: float = 600.0, rendezvous_timeout_seconds: float = 3600.0
+) -> Iterator[World]:
     """Meets the other ranks, yields the world, and closes it.
 
-    A collective: with torchrun's variables in the environment every rank of the run must call it. Raises
+    A collective: with torchrun's variables in the environment every rank of the run must call it. A rank waits
+    `rendezvous_timeout_seconds` for the others to come, and from then on `timeout_seconds` in each collective. Raises
     `ParallelError` when the variables, the device or the other ranks are not there.
     """
     timeout = timedelta(seconds=timeout_seconds)
@@ -189,13 +195,18 @@ def open_world(*, device: DeviceChoice = "auto", timeout_seconds: float = 600.0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
+    store = _meet(environment, timedelta(seconds=rendezvous_timeout_seconds))
     try:
-        dist.init_process_group(f"cpu:gloo,cuda:{backend}" if backend == "nccl" else "gloo", timeout=timeout)
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            f"cpu:gloo,cuda:{backend}" if backend == "nccl" else "gloo",
+            store=dist.PrefixStore("world", store),
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timeout,
+        )
     except (RuntimeError, ValueError) as error:  # torch's store and network errors are RuntimeErrors
-        raise ParallelError(
-            f"rank {environment.rank} could not meet the others at {environment.address} within {timeout_seconds:g} s: "
-            f"start all {environment.world_size} ranks, and check that MASTER_ADDR resolves and its port is reachable"
-        ) from error
+        raise _no_meeting(environment, timeout) from error
     failed = True
     try:
         yield World(
@@ -213,3 +224,28 @@ def open_world(*, device: DeviceChoice = "auto", timeout_seconds: float = 600.0)
         # After a failure NCCL may wait for ranks that are gone; the process is about to end anyway.
         if not (failed and backend == "nccl"):
             dist.destroy_process_group()
+
+
+def _meet(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
+    """The store at the meeting point, once every rank has come there. Raises `ParallelError` when some do not.
+
+    init_process_group has one timeout for this and for every collective after it. Yet ranks may come an hour apart,
+    where one host prepares data more slowly than another, and a collective that takes an hour is hung.
+    """
+    try:
+        store, _, world_size = next(rendezvous("env://", environment.rank, environment.world_size, timeout=timeout))
+        # torch makes rank 0 alone wait, and under torchrun nobody.
+        if store.add("arrived", 1) == world_size:
+            store.set("all arrived", "")
+        store.wait(["all arrived"], timeout)
+    except (RuntimeError, ValueError) as error:
+        raise _no_meeting(environment, timeout) from error
+    return store
+
+
+def _no_meeting(environment: RankEnvironment, timeout: timedelta) -> ParallelError:
+    return ParallelError(
+        f"rank {environment.rank} could not meet the others at {environment.address} within "
+        f"{timeout.total_seconds():g} s: start all {environment.world_size} ranks, and check that MASTER_ADDR resolves "
+        "and its port is reachable; where hosts prepare data for longer, raise parallel.rendezvous_timeout_seconds"
+    )

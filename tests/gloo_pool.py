@@ -170,7 +170,11 @@ def _serve(connection: Connection, stacks: str) -> None:
                 with (
                     _environment(**task.environment),
                     # Sooner than the pool's own limit: a rank that waits in vain should say so itself.
-                    open_world(device="cpu", timeout_seconds=0.6 * task.timeout_s) as world,
+                    open_world(
+                        device="cpu",
+                        timeout_seconds=0.6 * task.timeout_s,
+                        rendezvous_timeout_seconds=0.6 * task.timeout_s,
+                    ) as world,
                 ):
                     answer = _Answer(value=task.function(world, *task.args))
                 connection.send(answer)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -130,10 +134,79 @@ def test_a_meeting_that_never_happens_is_one_line(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(ParallelError, match=r"rank 1 could not meet the others at 127\.0\.0\.1:1 within 1 s") as caught,
-        open_world(device="cpu", timeout_seconds=1.0),
+        open_world(device="cpu", rendezvous_timeout_seconds=1.0),
     ):
         pass
+    assert "raise parallel.rendezvous_timeout_seconds" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+ONE_OF_TWO = """
+import sys
+from parallel.world import open_world
+print("started", flush=True)
+sys.stdin.readline()
+with open_world(device="cpu", timeout_seconds=1.0, rendezvous_timeout_seconds=60.0) as world:
+    print(world.all_gather_object(world.rank), world.timeout.total_seconds())
+"""
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_ranks_may_come_further_apart_than_a_collective_may_take(first: int) -> None:
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", ONE_OF_TWO],
+            env={**os.environ, **TORCHRUN, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in ranks:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "started\n"
+        assert ranks[first].stdin is not None
+        ranks[first].stdin.write("\n")
+        ranks[first].stdin.flush()
+        # Longer than timeout_seconds, and it waits still.
+        with pytest.raises(subprocess.TimeoutExpired):
+            ranks[first].wait(timeout=2.5)
+        outputs = [process.communicate("\n", timeout=60) for process in (ranks[1 - first], ranks[first])]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait(timeout=60)
+    assert [output for output, _ in outputs] == ["[0, 1] 1.0\n"] * 2, outputs
+
+
+def gather_and_warn(world: World) -> tuple[list[list[float]], list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gathered = world.all_gather(torch.tensor([1.0, world.rank]))
+    return gathered.tolist(), [str(warning.message) for warning in caught]
+
+
+def test_gathering_warns_of_nothing(gloo_ranks: GlooPool) -> None:
+    assert gloo_ranks(2, gather_and_warn) == [([[1.0, 0.0], [1.0, 1.0]], [])] * 2
+
+
+def gather_as_torch_2_11(world: World) -> list[list[float]]:
+    kept = torch.distributed.all_gather_single
+    del torch.distributed.all_gather_single
+    try:
+        return world.all_gather(torch.tensor([1.0, world.rank])).tolist()
+    finally:
+        torch.distributed.all_gather_single = kept
+
+
+@pytest.mark.skipif(not hasattr(torch.distributed, "all_gather_single"), reason="this torch has the old name only")
+def test_gathering_by_its_old_name(gloo_ranks: GlooPool) -> None:
+    assert gloo_ranks(2, gather_as_torch_2_11) == [[[1.0, 0.0], [1.0, 1.0]]] * 2
 
 
 def test_config_refuses_what_it_does_not_know() -> None:
