@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from data_pipeline.config import DataConfig
 from launcher.config_loading import Complaint
+from megamodel.convert.config import ExportConfig
+from megamodel.convert.hf_config import export_problems
 from megamodel.model.config import ModelConfig
 from megamodel.train.config import TrainConfig
 
@@ -19,6 +21,7 @@ class RunLayout:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    export: ExportConfig
 
 
 def cross_checks(layout: RunLayout) -> Iterator[Complaint]:
@@ -26,6 +29,7 @@ def cross_checks(layout: RunLayout) -> Iterator[Complaint]:
     yield from _batch_fits_ranks(layout)
     yield from _rows_fit_model(layout)
     yield from _vocabulary_fits_model(layout)
+    yield from _model_can_be_exported(layout)
 
 
 def _batch_fits_ranks(layout: RunLayout) -> Iterator[Complaint]:
@@ -59,4 +63,15 @@ def _vocabulary_fits_model(layout: RunLayout) -> Iterator[Complaint]:
             keys=("data.tokenizer.vocab_size", "model.vocab_size", "model.preset"),
             message=f"data.tokenizer.vocab_size = {tokenizer.vocab_size}: more than model.vocab_size = "
             f"{layout.model.vocab_size} rows of the embedding; lower it, or raise that",
+        )
+
+
+def _model_can_be_exported(layout: RunLayout) -> Iterator[Complaint]:
+    """Not only after the last step."""
+    problems = export_problems(layout.model) if layout.export.format == "hf" else []
+    if problems:
+        yield Complaint(
+            keys=("export.format", "model"),
+            message=f'export.format = "hf": no Hugging Face family known here expresses {"; ".join(problems)}; '
+            'change that, or set export.format = "none"',
         )

@@ -96,6 +96,7 @@ def load_run_config(
                 model=config.model,
                 data=config.data,
                 train=config.train,
+                export=config.export,
             )
         )
 

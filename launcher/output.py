@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import select
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
@@ -19,6 +22,7 @@ class Output:
         self._out = out or sys.stdout
         self.err = err or sys.stderr
         self.people = self.err if as_json else self._out
+        self._has_result = False
 
     def say(self, text: str = "") -> None:
         """One or more lines for people."""
@@ -53,10 +57,44 @@ class Output:
             self._write(self.err, f"{stage} ...")
 
     def result(self, data: Mapping[str, Any]) -> None:
-        """The verb's result, once; nothing without --json, since people have read it already."""
-        if self.as_json:
-            self._write(self._out, json.dumps(data, default=str))
+        """The verb's result; nothing without --json, since people have read it already. Only the first is told, since a
+        program expects one object: what fails after it shows in the exit code and on stderr. NaN and infinity, which JSON
+        does not have, become null.
+        """
+        if self.as_json and not self._has_result:
+            self._has_result = True
+            self._write(self._out, json.dumps(_without_nonfinite(data), default=str, allow_nan=False))
+
+    def reader_has_left(self) -> bool:
+        """Whether nobody reads what is written any more, as behind `| head`. What is left to write is dropped then."""
+        left = [stream for stream in (self._out, self.err) if _nobody_reads(stream)]
+        for stream in left:
+            # Else the interpreter's own last flush fails too, and says so.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+        return bool(left)
 
     def _write(self, stream: TextIO, text: str) -> None:
         stream.write(f"{text}\n")
         stream.flush()
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    try:
+        number = stream.fileno()
+    except OSError:  # it is kept in memory
+        return False
+    poll = select.poll()
+    poll.register(number, 0)  # asks for nothing: an error is told anyway, and a pipe without a reader is one
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(inner) for inner in value]
+    return value

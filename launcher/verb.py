@@ -33,6 +33,7 @@ NumRanks = Annotated[
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 3
+EXIT_READER_LEFT = 141  # 128 + SIGPIPE, as other programs end in a pipe
 
 
 def as_command(verb: Callable[..., int]) -> Callable[..., None]:
@@ -44,6 +45,8 @@ def as_command(verb: Callable[..., int]) -> Callable[..., None]:
         try:
             code = verb(out, **options)
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and out.reader_has_left():
+                raise typer.Exit(EXIT_READER_LEFT) from None
             code = report_error(error, out, debug=debug)
         if code:
             raise typer.Exit(code)

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from megamodel.convert.config import ExportConfig
+from megamodel.convert.durable import sync, sync_folder
 from megamodel.convert.hf import save_hf_model
 from megamodel.convert.hf_config import family_for
 from megamodel.convert.model_card import model_card
+from megamodel.convert.origin import ORIGIN_NAME
 from megamodel.convert.tokenizer_files import WrittenTokenizer, write_tokenizer
 from megamodel.convert.transformers_adapter import reload_logits, reload_token_ids, require_transformers
 from megamodel.errors import ConversionError, ParityError
@@ -54,11 +56,13 @@ def export_hf(
     options: ExportConfig | None = None,
     end_of_text: str = "<|endoftext|>",
     title: str | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> ExportResult:
     """Writes weights, config, tokenizer, generation_config.json and a model card; reloads them through transformers in fp32
     and compares logits; only then does the folder get its name, in place of an older export.
 
-    tokenizer_path: a `tokenizer.json`, or a folder that holds one. record: figures of the run for the model card.
+    tokenizer_path: a `tokenizer.json`, or a folder that holds one. record: figures of the run for the model card. origin:
+    what `read_origin` shall give back, such as which checkpoint this is.
     Raises ConversionError where the model, the tokenizer or the target cannot be used, or transformers is missing; ParityError
     (exit code 3) where the reloaded model differs. Either way nothing is left, and an older export stays.
     """
@@ -82,6 +86,8 @@ def export_hf(
             max_difference=difference,
         )
         (partial / "README.md").write_text(card, encoding="utf-8")
+        if origin is not None:
+            _write_json(partial / ORIGIN_NAME, origin)
         _put_in_place(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -172,12 +178,14 @@ def _write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _put_in_place(partial: Path, target: Path) -> None:
-    """Renames; a folder cannot be renamed over another, so an older export steps aside first."""
+    """Renames, once all is on the disk; a folder cannot be renamed over another, so an older export steps aside first."""
+    sync_folder(partial)
     replaced = _replaced(target)
     shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
         target.rename(replaced)
     partial.rename(target)
+    sync(target.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -80,16 +80,29 @@ def tensor_specs(family: Family, config: ModelConfig) -> Iterator[TensorSpec]:
 
 def family_for(config: ModelConfig) -> Family:
     """The family that computes what this decoder computes. Raises ConversionError naming every option that none has."""
-    family = {
+    family = _nearest_family(config)
+    problems = list(_inexpressible(config, family))
+    if problems:
+        raise ConversionError(f"no Hugging Face family known here expresses this model: {'; '.join(problems)}")
+    return family
+
+
+def export_problems(config: ModelConfig) -> list[str]:
+    """Every option that keeps this decoder, once trained, from being expressed: known before it is trained."""
+    family = _nearest_family(config)
+    problems = list(_inexpressible(config, family))
+    if config.moe is not None and config.moe.balance == "bias":
+        problems.append("model.moe.balance = 'bias' (it changes which experts are chosen; only 'aux_loss' or 'none')")
+    return problems
+
+
+def _nearest_family(config: ModelConfig) -> Family:
+    return {
         (False, False): LLAMA,
         (False, True): QWEN3,
         (True, True): QWEN3_MOE,
         (True, False): MIXTRAL,
     }[config.moe is not None, config.qk_norm]
-    problems = list(_inexpressible(config, family))
-    if problems:
-        raise ConversionError(f"no Hugging Face family known here expresses this model: {'; '.join(problems)}")
-    return family
 
 
 def _inexpressible(config: ModelConfig, family: Family) -> Iterator[str]:

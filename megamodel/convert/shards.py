@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megamodel.convert.durable import sync
 from megamodel.errors import ConversionError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -43,6 +44,7 @@ def write_shards(folder: Path, tensors: Sequence[PlannedTensor], max_shard_bytes
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({tensor.name: tensor.make() for tensor in shard}, folder / file_name, metadata={"format": "pt"})
+        sync(folder / file_name)
         weight_map.update({tensor.name: file_name for tensor in shard})
     index = {
         "metadata": {"total_size": sum(tensor.num_bytes for tensor in tensors)},
@@ -50,7 +52,10 @@ def write_shards(folder: Path, tensors: Sequence[PlannedTensor], max_shard_bytes
     }
     partial = folder / f"{INDEX_NAME}.partial"
     partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    sync(partial)
+    sync(folder)
     partial.replace(folder / INDEX_NAME)
+    sync(folder)
 
 
 @dataclass(frozen=True, kw_only=True)

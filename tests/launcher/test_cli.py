@@ -66,6 +66,17 @@ def test_a_users_mistake_is_one_line_without_a_traceback(mega: Mega, tmp_path: P
     assert ended.err == f"error: 1 problem in the configuration:\n  {tmp_path / 'absent.toml'}: no such file\n"
 
 
+@pytest.mark.parametrize("arguments", [["config", "schema"], ["config", "schema", "--json"]])
+def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "launcher", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert b"error" not in process.stderr.read()
+        assert process.wait(timeout=60) == 141
+
+
 def test_debug_shows_the_traceback_too(mega: Mega, tmp_path: Path) -> None:
     ended = mega("config", "check", tmp_path / "absent.toml", "--debug")
     assert ended.code == 2

@@ -24,7 +24,7 @@ def problems(*overrides: str, num_ranks: int = 1) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_resolved_configuration_repeats_the_run_from_its_file_alone(preset: str, tmp_path: Path) -> None:
-    overrides = [f"model.preset={preset}", "data.tokenizer.vocab_size=300", "data.seq_len=64", "train.steps=7"]
+    overrides = [f"model.preset={preset}", "data.tokenizer.vocab_size=300", "data.seq_len=64", "export.format=none"]
     loaded = load_run_config((), overrides)
     file = tmp_path / "config.toml"
     file.write_text(resolved_toml(loaded.config, loaded.origins))
@@ -74,6 +74,16 @@ def test_the_vocabulary_must_fit_the_model() -> None:
     )
     # A given tokenizer brings its own size.
     load_run_config((), (*SMALL, "data.tokenizer.vocab_size=513", "data.tokenizer.path=/x"))
+
+
+def test_a_model_that_cannot_be_exported_is_told_before_it_is_trained() -> None:
+    (found,) = problems("model.moe.balance=bias", "model.moe.router_score=sigmoid")
+    assert found == (
+        "defaults: export.format = \"hf\": no Hugging Face family known here expresses model.moe.router_score = 'sigmoid' "
+        "(only 'softmax'); model.moe.balance = 'bias' (it changes which experts are chosen; only 'aux_loss' or 'none'); "
+        'change that, or set export.format = "none"'
+    )
+    load_run_config((), (*SMALL, "model.moe.balance=bias", "export.format=none"))
 
 
 def test_a_run_cannot_leave_its_folder_by_its_name() -> None:

@@ -1,7 +1,14 @@
 import io
 import json
+import math
+from pathlib import Path
 
+import pytest
+import typer
+
+from launcher.errors import RunError
 from launcher.output import Output
+from launcher.verb import as_command
 
 
 class Terminal(io.StringIO):
@@ -23,6 +30,27 @@ def test_people_read_standard_output_and_programs_one_object() -> None:
     output.result({"x": 1})
     assert json.loads(out.getvalue()) == {"x": 1}
     assert err.getvalue() == "words\na\nb\n"
+
+
+def test_what_json_does_not_have_is_null() -> None:
+    out = io.StringIO()
+    Output(as_json=True, out=out).result(
+        {"a": math.nan, "b": [math.inf, 1.5], "c": {"d": (-math.inf,)}, "e": Path("x")}
+    )
+    assert json.loads(out.getvalue(), parse_constant=str) == {"a": None, "b": [None, 1.5], "c": {"d": [None]}, "e": "x"}
+
+
+def test_a_failure_after_the_result_adds_no_second_object(capsys: pytest.CaptureFixture[str]) -> None:
+    def verb(out: Output) -> int:
+        out.result({"steps": 4})
+        raise RunError("the disk is full")
+
+    with pytest.raises(typer.Exit) as caught:
+        as_command(verb)(as_json=True, debug=False)
+    assert caught.value.exit_code == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"steps": 4}
+    assert err == "error: the disk is full\n"
 
 
 def test_a_table_is_aligned_lines_where_there_is_no_terminal() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from megamodel.convert.config import ExportConfig
 from megamodel.convert.export import ExportResult, export_hf
 from megamodel.convert.hf import load_hf_model
 from megamodel.convert.hf_config import TensorSpec
+from megamodel.convert.origin import read_origin
 from megamodel.errors import ConversionError, ParityError
 from megamodel.generate.config import GenerateConfig
 from megamodel.generate.text import generate_text
@@ -124,6 +126,43 @@ def test_model_card_gives_the_figures_of_the_record(tmp_path: Path, tokenizer_pa
     ):
         assert line in card
     assert card.startswith("---\nlibrary_name: transformers\n")
+
+
+@needs_transformers
+def test_an_export_says_where_it_comes_from(tmp_path: Path, tokenizer_path: Path) -> None:
+    path = _export(tmp_path, origin={"step": 4}).path
+    assert read_origin(path) == {"step": 4}
+    (path / "config.json").unlink()  # not a whole export
+    assert read_origin(path) is None
+    assert read_origin(tmp_path) is None
+
+
+@needs_transformers
+def test_all_is_on_the_disk_before_the_folder_gets_its_name(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, target = tmp_path / "export" / "hf.partial", tmp_path / "export" / "hf"
+    done: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def watched_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def watched_rename(self: Path, to: Path) -> Path:
+        done.append(f"{self} becomes {to}")
+        return rename(self, to)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    _export(tmp_path)
+    named = done.index(f"{folder} becomes {target}")
+    assert {str(folder), *(str(folder / name) for name in EXPECTED_FILES)} <= set(done[:named])
+    assert str(target.parent) in done[named:]
+    # The weights are there before the index that names them.
+    assert done.index(str(folder / "model-00001-of-00001.safetensors")) < done.index(
+        str(folder / "model.safetensors.index.json.partial")
+    )
 
 
 @needs_transformers

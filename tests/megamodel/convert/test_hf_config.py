@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from megamodel.convert.families import FAMILIES
-from megamodel.convert.hf_config import family_for, read_hf_config, tensor_specs, to_hf_config
+from megamodel.convert.hf_config import export_problems, family_for, read_hf_config, tensor_specs, to_hf_config
 from megamodel.model.config import ModelConfig
 from megamodel.model.size import model_size
+from tests.megamodel.small import MLA, MOE, small_config
 
 _COMMON: dict[str, Any] = {
     "attention_dropout": 0.0,
@@ -125,3 +126,14 @@ def test_tables_cover_every_parameter_once(preset: str) -> None:
 def test_one_family_a_model_type() -> None:
     assert sorted(FAMILIES) == ["llama", "mixtral", "qwen3", "qwen3_moe"]
     assert all(family.model_type == name for name, family in FAMILIES.items())
+
+
+def test_what_keeps_a_model_from_being_exported_is_known_before_it_is_trained() -> None:
+    assert export_problems(small_config(moe=MOE)) == []
+    assert export_problems(small_config(mla=MLA)) == ["model.mla (latent attention)"]
+    biased = small_config(moe={**MOE, "balance": "bias", "router_score": "sigmoid", "num_shared_experts": 1})
+    assert [problem.split(" ")[0] for problem in export_problems(biased)] == [
+        "model.moe.router_score",
+        "model.moe.num_shared_experts",
+        "model.moe.balance",
+    ]
