@@ -65,7 +65,8 @@ class Manifest(_Record):
     num_empty_documents: int
     """Documents without a single byte: they are in no split."""
     files: dict[str, str]
-    """Every other file that the data set needs, and the hex SHA-256 of its bytes."""
+    """Every other file that training needs, and the hex SHA-256 of its bytes. `baselines.json` is not among them: it
+    depends on the compressors of the machine that wrote it, and this manifest on nothing but content."""
     splits: dict[Split, SplitManifest]
     """Both splits; `held_out` is empty when `data.held_out_fraction` is 0."""
 

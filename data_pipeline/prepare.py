@@ -1,12 +1,15 @@
 """From a corpus to a prepared data set: tokenizer, token shards, manifest. Done once, then shared by all runs.
 
-A data set's name is a hash of the settings and the content that it is made from. It is built in `<name>.partial-<pid>`
-under a lock, and renamed when every byte is on the disk: the name exists only for what is whole.
+A data set's name is a hash of the settings and the content that it is made from. It is built in
+`<name>.partial-<host>-<pid>` under a lock, and renamed when every byte is on the disk: the name exists only for what is
+whole. Hosts may share a cache on a file system whose locks do not reach from one to another: then each builds its own,
+touches nothing of the others, and the first to finish is taken.
 """
 
 import fcntl
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,18 +26,19 @@ from data_pipeline.tokenizer import tokenizer_file
 _RECIPE_VERSION = 1
 
 
-def prepare(config: DataConfig, *, progress: Progress | None = None) -> PreparedData:
-    """The data set of a config: opened and verified if it exists, built otherwise.
+def prepare(config: DataConfig, *, progress: Progress | None = None, verify: bool = True) -> PreparedData:
+    """The data set of a config: opened if it exists, built otherwise; see `load_prepared` for `verify`.
 
-    Any number of processes may call this at once: one builds, the others wait for it. Raises DataError for a corpus
-    that cannot be used, and for a data set that has been damaged since it was built.
+    Any number of processes may call this at once: one builds, the others wait for it. Of the ranks on one host, one
+    that verifies is enough. Raises DataError for a corpus that cannot be used, and for a data set that has been
+    damaged since it was built.
     """
-    report = progress or (lambda stage, fraction: None)
+    report = progress or _tell_nobody
     with _system_errors_as_data_errors(config):
         report("reading the corpus", 0.0)
         corpus = open_corpus(config)
         stamp = corpus.stamp()
-        key = _key(config, corpus, stamp)
+        key = _key(config, corpus, stamp, report)
         directory = _directory(config, key)
         if not directory.exists():
             with _lock(directory.with_name(f"{directory.name}.lock"), report):
@@ -42,7 +46,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Prepared
                 if not directory.exists():
                     _build_and_publish(config, corpus, stamp, key, directory, report)
         report("checking the shards", 0.0)
-        prepared = load_prepared(directory)
+        prepared = load_prepared(directory, verify=verify)
         report("ready", 1.0)
         return prepared
 
@@ -54,13 +58,17 @@ def open_prepared(config_or_directory: DataConfig | str | Path, *, verify: bool 
     config = config_or_directory
     with _system_errors_as_data_errors(config):
         corpus = open_corpus(config)
-        directory = _directory(config, _key(config, corpus, corpus.stamp()))
+        directory = _directory(config, _key(config, corpus, corpus.stamp(), _tell_nobody))
         if not directory.exists():
             raise DataError(
                 f"{directory}: not prepared: run `mega data prepare` first; hosts that share a run also share "
                 "data.cache_directory, or each prepares its own"
             )
         return load_prepared(directory, verify=verify)
+
+
+def _tell_nobody(stage: str, fraction: float) -> None:
+    """Progress of which nobody wants to hear."""
 
 
 @contextmanager
@@ -77,7 +85,7 @@ def _directory(config: DataConfig, key: str) -> Path:
     return Path(config.cache_directory).expanduser() / f"{config.source}-{key[:16]}"
 
 
-def _key(config: DataConfig, corpus: Corpus, stamp: str) -> str:
+def _key(config: DataConfig, corpus: Corpus, stamp: str, report: Progress) -> str:
     tokenizer = config.tokenizer.model_dump()
     if config.tokenizer.path is not None:
         tokenizer = {
@@ -91,22 +99,24 @@ def _key(config: DataConfig, corpus: Corpus, stamp: str) -> str:
             "held_out_fraction": config.held_out_fraction,
             "shard_tokens": config.shard_tokens,
             "tokenizer": tokenizer,
-            "corpus": _fingerprint(config, corpus, stamp),
+            "corpus": _fingerprint(config, corpus, stamp, report),
         }
     )
 
 
-def _fingerprint(config: DataConfig, corpus: Corpus, stamp: str) -> str:
+def _fingerprint(config: DataConfig, corpus: Corpus, stamp: str, report: Progress) -> str:
     """The corpus's fingerprint; remembered for as long as sizes and times say that nothing has changed, since reading
-    a large corpus takes hours."""
+    a large corpus takes hours. So one process reads it, and the others wait."""
     remembered = Path(config.cache_directory).expanduser() / "fingerprints" / stamp
     if remembered.is_file():
         return remembered.read_text()
-    fingerprint = corpus.fingerprint()
-    if corpus.stamp() == stamp:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(remembered, fingerprint.encode())
-    return fingerprint
+    with _lock(remembered.with_name(f"{stamp}.lock"), report):
+        if remembered.is_file():
+            return remembered.read_text()
+        fingerprint = corpus.fingerprint()
+        if corpus.stamp() == stamp:
+            write_durably(remembered, fingerprint.encode())
+        return fingerprint
 
 
 @contextmanager
@@ -126,18 +136,38 @@ def _build_and_publish(
     config: DataConfig, corpus: Corpus, stamp: str, key: str, directory: Path, report: Progress
 ) -> None:
     """Builds from the corpus as it was at its stamp, from before the key was made, or raises DataError."""
-    # The lock is held, so whatever lies here was left by a process that has died.
-    for leftover in directory.parent.glob(f"{directory.name}.partial-*"):
-        shutil.rmtree(leftover)
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    prefix = f"{directory.name}.partial-{socket.gethostname()}-"
+    for leftover in directory.parent.iterdir():
+        pid = leftover.name.removeprefix(prefix)
+        if leftover.name.startswith(prefix) and pid.isdecimal() and not _is_other_process(int(pid)):
+            shutil.rmtree(leftover)
+    partial = directory.with_name(f"{prefix}{os.getpid()}")
     partial.mkdir()
     try:
         build(config, corpus, key, partial, report)
         if corpus.stamp() != stamp:
             raise DataError(f"{config.path or config.source}: the corpus changed while it was read: run this again")
         sync_to_disk(partial)
-        partial.rename(directory)
+        try:
+            partial.rename(directory)
+        except OSError:
+            if not directory.exists():
+                raise
+            shutil.rmtree(partial)  # another host, whose lock is not seen here, has built the same
         sync_to_disk(directory.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _is_other_process(pid: int) -> bool:
+    """Whether another process of this host than this one has the number now."""
+    if pid == os.getpid():
+        return False  # it had our number before us
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import sha256_of_file
@@ -20,6 +21,8 @@ from data_pipeline.manifest import (
     read_manifest,
 )
 from data_pipeline.shards import TokenStream, check_shard
+
+_Baselines = TypeAdapter(dict[str, int | float])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +74,22 @@ def load_prepared(directory: str | Path, *, verify: bool = True) -> PreparedData
     for split in manifest.splits.values():
         for shard in split.shards:
             check_shard(directory, shard, manifest, verify=verify)
-    return PreparedData(directory=directory, manifest=manifest)
+    prepared = PreparedData(directory=directory, manifest=manifest)
+    compression_baselines(prepared)  # if it is damaged, better now than at the end of a run
+    return prepared
 
 
 def compression_baselines(prepared: PreparedData) -> dict[str, float]:
     """What general compressors need for the held-out text, in bits a byte: `gzip_bits_per_byte` (gzip -9) and
-    `xz_bits_per_byte` (xz -9), of its first `num_bytes` (at most 16 MiB). Empty when nothing is held out."""
-    return json.loads((prepared.directory / BASELINES_FILE).read_bytes())
+    `xz_bits_per_byte` (xz -9), of its first `num_bytes` (at most 16 MiB). Empty when nothing is held out.
+
+    Raises DataError when their file is missing or damaged.
+    """
+    path = prepared.directory / BASELINES_FILE
+    mend = f"delete {prepared.directory}, then run `mega data prepare`"
+    try:
+        return dict(_Baselines.validate_json(path.read_bytes()))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}: {mend}") from error
+    except ValidationError as error:
+        raise DataError(f"{path}: these are no figures of compressors: {mend}") from error

@@ -36,7 +36,7 @@ _PARTIAL_PREFIX = ".partial-"
 _REPLACED_PREFIX = ".replaced-"
 _REMOVED_PREFIX = ".removed-"
 _CORRUPT_PREFIX = "corrupt-"
-_MANIFEST_VERSION = 1
+_MANIFEST_VERSION: Literal[1] = 1
 
 
 class FileRecord(BaseModel):

@@ -1,7 +1,4 @@
-import fcntl
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +14,6 @@ from data_pipeline.file_source import FileCorpus
 from data_pipeline.prepare import open_prepared, prepare
 from data_pipeline.prepared import PreparedData, compression_baselines, load_prepared
 from tests.data_pipeline.corpora import NUM_FILES, document_text, texts_of, tiny, write_jsonl, write_text_folder
-
-# Prepares, says so stage by stage, and at the stage named in argv waits for a line that never comes.
-PREPARE_IN_A_PROCESS = """
-import sys
-from data_pipeline.config import DataConfig
-from data_pipeline.prepare import prepare
-
-def report(stage, fraction):
-    print(stage, flush=True)
-    if stage == sys.argv[2]:
-        sys.stdin.readline()
-
-print(prepare(DataConfig.model_validate_json(sys.argv[1]), progress=report).manifest_hash)
-"""
-
-
-def _start(config: DataConfig, wait_at: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PREPARE_IN_A_PROCESS, config.model_dump_json(), wait_at]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> DataConfig:
-    """Ten files, to be prepared by the test itself."""
-    write_text_folder(tmp_path / "corpus", 10)
-    return tiny(tmp_path / "corpus", tmp_path / "cache")
 
 
 def test_every_document_is_in_one_split(small_data: PreparedData, small_config: DataConfig) -> None:
@@ -222,66 +193,6 @@ def test_a_large_vocabulary_takes_wide_shards(config: DataConfig, tmp_path: Path
     )
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        "training the tokenizer",
-        "tokenizing train documents",
-        "tokenizing held-out documents",
-        "compressing held-out text for comparison",
-    ],
-)
-def test_killed_at_any_stage_leaves_nothing_that_looks_whole(config: DataConfig, stage: str) -> None:
-    process = _start(config, wait_at=stage)
-    with process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip() == stage:
-                break
-        process.kill()
-        process.wait(timeout=60)
-    cache = Path(config.cache_directory)
-    assert [path.name for path in cache.glob("text-*") if path.is_dir()] == [f"{_name(cache)}.partial-{process.pid}"]
-    with pytest.raises(DataError, match=r"not prepared: run `mega data prepare` first"):
-        open_prepared(config)
-    prepared = prepare(config)
-    assert len(texts_of(prepared, "train") + texts_of(prepared, "held_out")) == 10
-    assert [path for path in cache.glob("text-*") if path.is_dir()] == [prepared.directory]
-
-
-def _name(cache: Path) -> str:
-    (lock,) = cache.glob("*.lock")
-    return lock.stem
-
-
-def test_three_processes_at_once_build_one(config: DataConfig) -> None:
-    processes = [_start(config) for _ in range(3)]
-    outputs = [process.communicate(timeout=120)[0].split("\n") for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert sum("training the tokenizer" in lines for lines in outputs) == 1
-    assert len({lines[-2] for lines in outputs}) == 1
-
-
-def test_waits_for_the_process_that_builds(config: DataConfig) -> None:
-    prepared = prepare(config)
-    lock = prepared.directory.with_name(f"{prepared.directory.name}.lock")
-    hidden = prepared.directory.rename(prepared.directory.with_name("hidden"))
-    waiting, results = threading.Event(), []
-
-    def report(stage: str, fraction: float) -> None:
-        if stage.startswith("waiting for another process"):
-            waiting.set()
-
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        thread = threading.Thread(target=lambda: results.append(prepare(config, progress=report)))
-        thread.start()
-        assert waiting.wait(timeout=60)
-        hidden.rename(prepared.directory)
-    thread.join(timeout=60)
-    assert [result.manifest_hash for result in results] == [prepared.manifest_hash]
-
-
 def test_a_corpus_that_changes_meanwhile_is_refused(config: DataConfig) -> None:
     def change(stage: str, fraction: float) -> None:
         if stage == "tokenizing held-out documents":
@@ -323,6 +234,16 @@ def test_damage_is_named_with_the_mend(config: DataConfig) -> None:
             open_prepared(config, verify=False)
         path.write_bytes(content)
     assert load_prepared(directory).manifest == open_prepared(config).manifest
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"gzip_bits_per_byte": "many"}', b"[]", None])
+def test_damaged_baselines_are_named_when_the_data_set_is_opened(config: DataConfig, content: bytes | None) -> None:
+    baselines = prepare(config).directory / "baselines.json"
+    baselines.unlink() if content is None else baselines.write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"baselines\.json: (these are no figures|No such file).*: delete .*data prepare"
+    ):
+        open_prepared(config)
 
 
 def test_a_folder_that_is_no_data_set(config: DataConfig, tmp_path: Path) -> None:
