@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.config import RunConfig
 from megamodel.convert.config import ExportConfig
+from megamodel.convert.origin import read_origin
 from megamodel.generate.config import GenerateConfig
 from megamodel.train.run_directory import RunDirectory
+from parallel.checkpoint.directory import MANIFEST, CheckpointDirectory
 
 if TYPE_CHECKING:
     from megamodel.convert.export import ExportResult
@@ -77,6 +82,36 @@ def export(run: TrainedRun, options: ExportConfig, *, path: Path | None = None) 
         options=options,
         end_of_text=config.data.tokenizer.end_of_text,
         title=config.run.name,
+        origin=_origin(run.directory, restored.step, options),
     )
     run.directory.append_event("export", step=restored.step, path=str(result.path))
     return result
+
+
+def newest_is_exported(directory: RunDirectory, options: ExportConfig) -> bool:
+    """Whether the run's export is of its newest checkpoint, and as `options` want it."""
+    complete = CheckpointDirectory(directory.checkpoints).list()
+    return bool(complete) and read_origin(directory.export / "hf") == _origin(directory, complete[-1].step, options)
+
+
+def newest_is_sampled(directory: RunDirectory) -> bool:
+    """Whether the run's events hold text that its newest checkpoint wrote."""
+    complete = CheckpointDirectory(directory.checkpoints).list()
+    if not complete or not directory.events.exists():
+        return False
+    for line in directory.events.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # half a line of a killed process
+            event = json.loads(line)
+            if event["event"] == "sample" and event["step"] == complete[-1].step:
+                return True
+    return False
+
+
+def _origin(directory: RunDirectory, step: int, options: ExportConfig) -> dict[str, Any]:
+    """What tells one export of a run from another: the checkpoint, by its manifest, and how it was written."""
+    origin: dict[str, Any] = {"step": step, **options.model_dump(mode="json", exclude={"format"})}
+    # A run that trains on may have removed it by now: then nothing can be said to be equal to it.
+    with contextlib.suppress(FileNotFoundError):
+        manifest = CheckpointDirectory(directory.checkpoints).path_of(step) / MANIFEST
+        origin["manifest_sha256"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    return origin

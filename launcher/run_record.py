@@ -21,16 +21,15 @@ _SETTLED = ("model", "data", "run.seed", "train.optimizer.name")
 _FREE = ("model.preset", "data.cache_directory", "data.path", "data.file_pattern")
 
 
-def record_config(loaded: LoadedConfig[RunConfig]) -> list[str]:
-    """Writes the resolved configuration into the run's folder; returns a line for each key that it changes.
+def changes_to_run(loaded: LoadedConfig[RunConfig]) -> list[str]:
+    """A line for each key that this configuration changes of the run's last one. Writes nothing.
 
     Raises ConfigError when the run has checkpoints and the configuration no longer means the same model or data.
     """
     config = loaded.config
     directory = RunDirectory(config.run_directory)
     earlier = _flat(tomllib.loads(directory.config.read_text(encoding="utf-8"))) if directory.config.exists() else {}
-    text = resolved_toml(config)
-    now = _flat(tomllib.loads(text))
+    now = _flat(tomllib.loads(resolved_toml(config)))
     keys = dict.fromkeys((*now, *earlier)) if earlier else {}
     changes = {key: (earlier.get(key), now.get(key)) for key in keys if earlier.get(key) != now.get(key)}
     settled = [key for key in changes if _within(key, _SETTLED) and not _within(key, _FREE)]
@@ -42,11 +41,20 @@ def record_config(loaded: LoadedConfig[RunConfig]) -> list[str]:
             "Put these back to continue it, or start another run with --set run.name=...",
             problems,
         )
+    return [_describe(key, *pair) for key, pair in changes.items()]
+
+
+def record_config(config: RunConfig) -> None:
+    """Writes the resolved configuration into the run's folder. Only for one that training has accepted: that of a refused
+    start would take the place of what the run was trained with.
+    """
+    directory = RunDirectory(config.run_directory)
     directory.root.mkdir(parents=True, exist_ok=True)
     partial = directory.config.with_suffix(".toml.partial")
-    partial.write_text(f"# Resolved configuration of this run: `mega train` with this file repeats it.\n{text}")
+    partial.write_text(
+        f"# Resolved configuration of this run: `mega train` with this file repeats it.\n{resolved_toml(config)}"
+    )
     os.replace(partial, directory.config)
-    return [_describe(key, *pair) for key, pair in changes.items()]
 
 
 def new_attempt(directory: RunDirectory) -> Path:

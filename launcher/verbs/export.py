@@ -30,7 +30,7 @@ def export(
     from launcher.run_record import find_run
 
     directory = find_run(run)
-    config = load_run_config([directory.config], [*(overrides or ()), f"export.format={to}"]).config
+    config = load_run_config([directory.config], overrides or ()).config
     opened = open_trained(directory, config, step=step)
     tell_passed_over(out, opened)
     result = export_run(opened, config.export, path=target)

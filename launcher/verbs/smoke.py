@@ -81,9 +81,12 @@ def _write_corpus_and_config(root: Path) -> RunDirectory:
 
 
 def _check(directory: RunDirectory) -> None:
-    """Every step once, no matter where the run was interrupted, and an export that is there."""
+    """Every step once, no matter where the run was interrupted, and an export of the last one."""
+    from megamodel.convert.origin import read_origin
+
     steps = [line["step"] for line in directory.read_metrics() if "loss" in line]
     if steps != list(range(1, _STEPS + 1)):
         raise RunError(f"{directory.metrics}: steps 1 to {_STEPS} should stand there once each, not {steps}")
-    if not (directory.export / "hf" / "config.json").is_file():
-        raise RunError(f"{directory.export / 'hf'}: the export is missing")
+    origin = read_origin(directory.export / "hf")
+    if origin is None or origin["step"] != _STEPS:
+        raise RunError(f"{directory.export / 'hf'}: the export of step {_STEPS} is missing")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,14 +15,17 @@ from launcher.errors import ConfigError
 from launcher.local_ranks import run_local_ranks
 from launcher.output import Output
 from launcher.place import Place, find_place, ranks_to_start
-from launcher.rank_process import EXIT_STOPPED, stop_before_first_step
+from launcher.rank_process import EXIT_STOPPED, failure_file, stop_before_first_step
 from launcher.verb import ConfigFiles, NumRanks, Overrides
 from megamodel.train.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from launcher.config import RunConfig
-    from launcher.config_loading import LoadedConfig
+    from launcher.finish import TrainedRun
     from megamodel.train.job import TrainingResult
+
+# Beside the ranks' logs: the result that rank 0 hands to the process that started it.
+_RESULT_NAME = "result.json"
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run; start nothing.")]
 
@@ -30,7 +35,8 @@ def train(
 ) -> int:
     """Train a run, or continue it: the same command does both. Ctrl-C, SIGTERM and SIGUSR1 save, then end with 75."""
     from launcher.config import load_run_config
-    from launcher.run_record import record_config
+    from launcher.run_lock import locked_run
+    from launcher.run_record import changes_to_run
 
     place = find_place(os.environ, ranks)
     loaded = load_run_config(files, overrides or (), num_ranks=place.num_ranks)
@@ -42,12 +48,14 @@ def train(
     _check_packages(loaded.config)
     if dry_run:
         return _say_plan(out, loaded.config, num_ranks)
-    if place.rank == 0 and not place.child_of_mega:
-        for change in record_config(loaded):
-            out.say(f"changed since the last start: {change}")
-    if place.joins or num_ranks == 1:
-        return _train_here(out, loaded, place, files)
-    return _train_in_children(out, loaded.config, files, overrides or (), num_ranks)
+    with contextlib.ExitStack() as held:
+        if place.rank == 0 and not place.child_of_mega:
+            held.enter_context(locked_run(loaded.config.run_directory, say=out.warn))
+            for change in changes_to_run(loaded):
+                out.say(f"changed since the last start: {change}")
+        if place.joins or num_ranks == 1:
+            return _train_here(out, loaded.config, place, files)
+        return _train_in_children(out, loaded.config, files, overrides or (), num_ranks)
 
 
 def _train_in_children(
@@ -60,7 +68,7 @@ def _train_in_children(
     sets = [argument for override in overrides for argument in ("--set", override)]
     flags = ["--json"] if out.as_json else []
     out.say(f"{num_ranks} ranks on this machine; the logs of ranks 1 and up: {attempt}")
-    return run_local_ranks(
+    code = run_local_ranks(
         ["train", *map(str, files), *sets, "--ranks", str(num_ranks), *flags],
         num_ranks=num_ranks,
         log_directory=attempt,
@@ -68,47 +76,71 @@ def _train_in_children(
         num_cores=num_usable_cores(),
         say=out.warn,
     )
+    # Told here, once every rank has ended well: rank 0 alone cannot know.
+    result = attempt / _RESULT_NAME
+    stopped_early = {"run_dir": str(config.run_directory), "finished": False}  # before rank 0 had a result
+    out.result(json.loads(result.read_text(encoding="utf-8")) if result.exists() else stopped_early)
+    return code
 
 
-def _train_here(out: Output, loaded: LoadedConfig[RunConfig], place: Place, files: list[Path]) -> int:
-    """One rank: trains together with the others, then rank 0 alone samples and exports."""
+def _train_here(out: Output, config: RunConfig, place: Place, files: list[Path]) -> int:
+    """One rank: trains together with the others, then rank 0 alone exports and samples."""
     stop_before_first_step()
     # torch reads this once, when it is imported; what it warns of (such as a switch that DDP is given on purpose) is no
     # business of a user's terminal.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from rich.console import Console
 
+    from launcher.run_record import record_config
     from megamodel.train.run import train as train_run
 
     speaks = place.rank == 0 or place.child_of_mega  # other ranks of `mega --ranks` have a log of their own
     console = Console(file=out.people, quiet=not speaks)
-    result = train_run(loaded.config.training_job, console=console)
+    result = train_run(config.training_job, console=console, on_accepted=lambda: record_config(config))
     if place.rank == 0:
-        export_path = _finish(out, loaded.config, result) if result.finished else None
+        export_path = _finish(out, config) if result.finished else None
         if result.finished:
             _say_summary(out, result, export_path, files)
-        out.result(_as_object(result, export_path))
+        if failures := failure_file(os.environ):
+            with failures.with_name(_RESULT_NAME).open("w", encoding="utf-8") as file:
+                Output(as_json=True, out=file).result(_as_object(result, export_path))
+        else:
+            out.result(_as_object(result, export_path))
     return 0 if result.finished else EXIT_STOPPED
 
 
-def _finish(out: Output, config: RunConfig, result: TrainingResult) -> Path | None:
-    """Samples and exports, unless an earlier start has and nothing was trained since; returns the export's folder."""
-    from launcher.finish import export, open_trained, sample
+def _finish(out: Output, config: RunConfig) -> Path | None:
+    """Exports, then samples, unless an earlier start has done so with the newest checkpoint; returns the export's folder."""
+    from launcher.finish import export, newest_is_exported, newest_is_sampled, open_trained
 
     directory = RunDirectory(config.run_directory)
-    trained_now = result.tokens_per_s is not None
-    target = directory.export / "hf"
-    exported = (target / "config.json").is_file()
-    if not trained_now and (exported or config.export.format == "none"):
-        return target if exported else None
+    exports = config.export.format != "none"
+    if newest_is_exported(directory, config.export) if exports else newest_is_sampled(directory):
+        return directory.export / "hf" if exports else None
     run = open_trained(directory, config)
-    for text in sample(run, config.generate):
+    path = None
+    if exports:
+        out.say("\nexporting, and checking the export with transformers ...")
+        path = export(run, config.export).path
+    _say_samples(out, run)
+    return path
+
+
+def _say_samples(out: Output, run: TrainedRun) -> None:
+    """A taste of the model. What goes wrong here, such as a stop token that the tokenizer lacks, fails no run."""
+    from launcher.finish import sample
+
+    try:
+        texts = sample(run, run.config.generate)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        out.warn(
+            f"no text was sampled: {reason}; `mega generate {run.directory.root}` takes other prompts and settings"
+        )
+        return
+    for text in texts:
         out.say(f"\n--- sample, prompt {text.prompt!r}\n{text.prompt}{text.text}")
-        directory.append_event("sample", step=run.restored.step, prompt=text.prompt, text=text.text)
-    if config.export.format == "none":
-        return None
-    out.say("\nexporting, and checking the export with transformers ...")
-    return export(run, config.export).path
+        run.directory.append_event("sample", step=run.restored.step, prompt=text.prompt, text=text.text)
 
 
 def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, files: list[Path]) -> None:

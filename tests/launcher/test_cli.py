@@ -73,7 +73,7 @@ def test_a_reader_that_leaves_is_no_error(arguments: list[str]) -> None:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
-        assert b"error" not in process.stderr.read()
+        assert b"error:" not in process.stderr.read()
         assert process.wait(timeout=60) == 141
 
 

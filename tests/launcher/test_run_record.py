@@ -5,7 +5,7 @@ import pytest
 from launcher.config import RunConfig, load_run_config
 from launcher.config_loading import LoadedConfig
 from launcher.errors import ConfigError, RunError
-from launcher.run_record import find_run, new_attempt, record_config
+from launcher.run_record import changes_to_run, find_run, new_attempt, record_config
 from megamodel.train.run_directory import RunDirectory
 
 
@@ -24,26 +24,28 @@ def with_checkpoint() -> None:
 
 def test_the_resolved_configuration_lies_in_the_run() -> None:
     loaded = load()
-    assert record_config(loaded) == []
+    assert changes_to_run(loaded) == []
+    assert not Path("runs").exists()  # to look changes nothing
+    record_config(loaded.config)
     assert load_run_config([Path("runs/run/config.toml")]).config == loaded.config
-    assert record_config(loaded) == []
+    assert changes_to_run(loaded) == []
 
 
 def test_a_run_may_grow_and_says_what_changed() -> None:
-    record_config(load())
+    record_config(load().config)
     with_checkpoint()
-    assert record_config(load("train.steps=2000", "data.cache_directory=elsewhere")) == [
+    assert changes_to_run(load("train.steps=2000", "data.cache_directory=elsewhere")) == [
         'data.cache_directory = "elsewhere", but was ".cache/data"',
         "train.steps = 2000, but was 1000",
     ]
 
 
 def test_a_run_with_checkpoints_stays_the_same_run() -> None:
-    record_config(load())
+    record_config(load().config)
     with_checkpoint()
     before = Path("runs/run/config.toml").read_text()
     with pytest.raises(ConfigError) as caught:
-        record_config(load("model.num_layers=3", "run.seed=7", "data.tokenizer.path=x.json"))
+        changes_to_run(load("model.num_layers=3", "run.seed=7", "data.tokenizer.path=x.json"))
     assert str(caught.value) == (
         "runs/run has checkpoints of another configuration:\n"
         "  --set run.seed=7: run.seed = 7, but was 1234\n"
@@ -56,8 +58,8 @@ def test_a_run_with_checkpoints_stays_the_same_run() -> None:
 
 
 def test_without_checkpoints_anything_may_change() -> None:
-    record_config(load())
-    assert record_config(load("model.num_layers=3")) == ["model.num_layers = 3, but was 2"]
+    record_config(load().config)
+    assert changes_to_run(load("model.num_layers=3")) == ["model.num_layers = 3, but was 2"]
 
 
 def test_each_start_has_logs_of_its_own() -> None:
@@ -69,13 +71,13 @@ def test_each_start_has_logs_of_its_own() -> None:
 
 
 def test_a_run_is_found_by_its_folder_or_its_name() -> None:
-    record_config(load())
+    record_config(load().config)
     assert find_run(Path("runs/run")).root == Path("runs/run")
     assert find_run(Path("run")).root == Path("runs/run")
 
 
 def test_a_run_that_is_not_there() -> None:
-    record_config(load("run.name=quickstart"))
+    record_config(load("run.name=quickstart").config)
     with pytest.raises(RunError, match=r"^runs/quikstart: there is no such run; did you mean runs/quickstart\?$"):
         find_run(Path("runs/quikstart"))
     with pytest.raises(RunError, match=r"^quikstart: there is no such run; did you mean runs/quickstart\?$"):

@@ -1,0 +1,42 @@
+"""One start of a run at a time: two would write over each other's checkpoints and metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from launcher.errors import RunError
+
+LOCK_NAME = ".lock"
+
+
+@contextlib.contextmanager
+def locked_run(root: Path, *, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds the run in the folder `root`, which is made if need be. The system lets go of it when this process dies.
+
+    Those who only read a run do not ask for it. `say` hears of a file system that knows no locks.
+    Raises RunError, naming who holds it, where the run is held already.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+            raise RunError(f"run {root.name} is being trained by {holder}; stop it, or set run.name") from None
+        except OSError as error:
+            say(f"{root / LOCK_NAME}: this file system has no locks ({error.strerror}); start no run twice at a time")
+            yield
+            return
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+        # Not by closing alone, which leaves it with any process that was forked in between.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""Nobody trains a run that somebody else trains."""
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import RunError
+from launcher.run_lock import locked_run
+from tests.launcher.conftest import Mega
+
+_HOLDER = """
+import sys
+from pathlib import Path
+from launcher.run_lock import locked_run
+with locked_run(Path(sys.argv[1]), say=print):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def refuse(message: str) -> None:
+    raise AssertionError(message)
+
+
+def test_a_run_is_held_once_and_let_go_of(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "x"
+    held_by = f"pid {os.getpid()} on {socket.gethostname()}"
+    with locked_run(run, say=refuse):
+        with (
+            pytest.raises(RunError, match=f"^run x is being trained by {held_by}; stop it, or set run.name$"),
+            locked_run(run, say=refuse),
+        ):
+            pass
+        with locked_run(tmp_path / "runs" / "y", say=refuse):
+            pass
+    with locked_run(run, say=refuse):
+        pass
+
+
+@pytest.mark.parametrize("ends_by", [signal.SIGKILL, signal.SIGTERM])
+def test_the_system_lets_go_of_a_dead_process_run(tmp_path: Path, ends_by: signal.Signals) -> None:
+    command = [sys.executable, "-c", _HOLDER, str(tmp_path / "x")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"by pid {holder.pid} on "), locked_run(tmp_path / "x", say=refuse):
+            pass
+        holder.send_signal(ends_by)
+        holder.wait(timeout=60)
+    with locked_run(tmp_path / "x", say=refuse):
+        pass
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    said: list[str] = []
+    with locked_run(tmp_path / "x", say=said.append):
+        pass
+    assert said == [
+        f"{tmp_path / 'x' / '.lock'}: this file system has no locks (No locks available); start no run twice at a time"
+    ]
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_run_that_is_being_trained_is_not_started_again(tiny: Path, mega: Mega, ranks: str) -> None:
+    run = Path("runs/tiny")
+    with locked_run(run, say=refuse):
+        ended = mega("train", tiny, "--ranks", ranks, "--json")
+        assert ended.code == 1
+        assert ended.json["error"].startswith(f"run tiny is being trained by pid {os.getpid()} on ")
+        assert sorted(path.name for path in run.iterdir()) == [".lock"]
+        assert mega("train", tiny, "--dry-run").code == 0
