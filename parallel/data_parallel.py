@@ -72,7 +72,7 @@ class _Replicated(DataParallel):
             # DDP regroups its buckets after the first backward, in the order in which gradients arrived. On three
             # ranks and more that changes the order of summation, so a resumed run (whose first step is "first" again)
             # would differ in the last bits from one that never stopped. This is the switch that keeps the buckets.
-            # It also lets a parameter go without a gradient, as an expert that saw no token may. torch warns once, on
+            # It also lets a parameter go without a gradient where the loss does not depend on it. torch warns once, on
             # stderr, that the switch costs a walk over the graph: a launcher silences it with TORCH_CPP_LOG_LEVEL.
             find_unused_parameters=True,
         )
