@@ -6,7 +6,7 @@ torch's DistributedDataParallel, and FSDP2 (`fully_shard`).
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -47,11 +47,16 @@ class DataParallel:
         Returns the norm before that, a 0-dim tensor, equal on every rank; not finite if any gradient is not. Under
         FSDP2 a collective over the data axis; every rank must call it, after the last micro step.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        # torch computes with sharded tensors or with plain ones, never with both at once.
+        kinds = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+        norms = [
+            _whole(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind
+        ]
+        norm = norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
         if max_norm != float("inf"):
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+            for kind in kinds:
+                nn.utils.clip_grads_with_norm_(kind, max_norm, norm)
         return norm
 
 
@@ -86,13 +91,19 @@ class _Replicated(DataParallel):
 
 
 class _Sharded(DataParallel):
-    """FSDP2: parameters, gradients and optimizer state sharded over the ranks, gathered unit by unit."""
+    """FSDP2: parameters, gradients and optimizer state sharded over the ranks, gathered unit by unit.
 
-    def __init__(self, model: nn.Module) -> None:
+    Parameters of the modules `replicated` are out of this: every rank holds them whole, and their gradients are summed
+    in one piece at the end of a step.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, replicated: Sequence[nn.Module]) -> None:
         if not isinstance(model, FSDPModule):
             raise AssertionError("fully_shard must have been applied")
         super().__init__(model, model)
         self._root = model
+        self._group = mesh.get_group()
+        self._replicated = replicated  # modules, since a model on meta gets new parameters when it is materialised
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -104,6 +115,22 @@ class _Sharded(DataParallel):
         self._root.set_requires_gradient_sync(is_last)
         self._root.set_is_last_backward(is_last)
         yield
+        if is_last:
+            self._sum_replicated()
+
+    @torch.no_grad()
+    def _sum_replicated(self) -> None:
+        parameters = _parameters_of(self._replicated)
+        if not parameters:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:  # not used on this rank, and perhaps on another
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        summed = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(summed, group=self._group)
+        for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def wrap(
@@ -112,6 +139,7 @@ def wrap(
     mesh: DeviceMesh | None,
     engine: DataEngine,
     is_unit: UnitPredicate,
+    is_full_precision: UnitPredicate | None = None,
     param_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype = torch.float32,
     reshard_after_forward: bool = True,
@@ -122,6 +150,11 @@ def wrap(
     decoder's blocks). `param_dtype` (FSDP2 only) gathers and computes in that type, and keeps and steps parameters in
     their own. `reduce_dtype` is the type in which gradients are summed over ranks. FSDP2 takes a model on meta too
     (then `to_empty` and initialise afterwards), DDP does not.
+
+    `is_full_precision(name, module)` names small modules (norms, routers) that compute in their parameters' own type
+    whatever `param_dtype` is, as all do under DDP. With a `param_dtype`, FSDP2 leaves them alone: plain tensors, whole
+    and equal on every rank. So an optimizer that cannot take plain and sharded tensors in one group (a fused one)
+    needs two groups.
 
     Raises `ParallelError` where the engine cannot do what is asked.
     """
@@ -135,14 +168,40 @@ def wrap(
         return _Replicated(model, mesh, reduce_dtype)
     # Inputs stay as they are: a float32 table of positions must not be rounded because weights are.
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    units = [module for name, module in model.named_modules() if name and is_unit(name, module)]
+    units = _named_by(is_unit, model)
     if not units:
         raise ParallelError(
             'data_engine "fsdp2": no module of the model is a unit, so all of it would be gathered at once'
         )
+    # Not units of their own: dozens of tiny all-gathers, and hooks inside a block's forward, which torch.compile
+    # cannot see through. All norms and routers of the largest models are 0.02% of their parameters.
+    replicated = _named_by(is_full_precision, model) if param_dtype is not None and is_full_precision else []
+    ignored = set(_parameters_of(replicated))
     for module in (*reversed(units), model):  # an inner unit before the one around it
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    return _Sharded(model)
+        fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=reshard_after_forward,
+            ignored_params=ignored,
+        )
+    for parameter in ignored:  # fully_shard brings all others to the mesh's device
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(mesh.device_type)
+    return _Sharded(model, mesh, replicated)
+
+
+def _named_by(predicate: UnitPredicate, model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name and predicate(name, module)]
+
+
+def _parameters_of(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """All parameters of some modules, each once, in an order that is the same on every rank."""
+    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _sum_hook(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-Style = Literal["gathered_unit"]
+Style = Literal["gathered_unit", "full_precision"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,14 @@ class PlanRow:
 
 
 # gathered_unit: sharded data parallelism gathers this module's parameters in one piece, just before it runs.
-SHARDING_PLAN = (PlanRow(pattern="layers.*", style="gathered_unit"),)
+# full_precision: this module's parameters are few, and are never rounded to the type of the activations.
+SHARDING_PLAN = (
+    PlanRow(pattern="layers.*", style="gathered_unit"),
+    PlanRow(pattern="layers.*.*_norm", style="full_precision"),
+    PlanRow(pattern="layers.*.attention.*_norm", style="full_precision"),
+    PlanRow(pattern="layers.*.moe.router", style="full_precision"),
+    PlanRow(pattern="final_norm", style="full_precision"),
+)
 
 
 def has_style(name: str, style: Style) -> bool:
@@ -34,3 +41,8 @@ def has_style(name: str, style: Style) -> bool:
 def is_gathered_unit(name: str, module: nn.Module) -> bool:
     """Whether FSDP2 gathers the module called `name` as one."""
     return has_style(name, "gathered_unit")
+
+
+def is_full_precision(name: str, module: nn.Module) -> bool:
+    """Whether the module called `name` computes in float32 whatever the precision of the rest."""
+    return has_style(name, "full_precision")

@@ -80,7 +80,7 @@ def test_fsdp2_computes_in_param_dtype_and_keeps_masters(gloo_ranks: GlooPool) -
 
 def _dtypes(world: World) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     parallel = build(world, "fsdp2", param_dtype=torch.bfloat16)
-    output = parallel.module(global_batch(0))
+    output = parallel.module(global_batch(0).bfloat16())  # the caller casts: see wrap
     output.sum().backward()
     parameter = next(parallel.model.parameters())
     assert parameter.grad is not None
