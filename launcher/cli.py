@@ -18,7 +18,7 @@ def build_app() -> typer.Typer:
         name="mega",
         help="Train large decoders, from a laptop to thousands of GPUs. The same command continues an interrupted run.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad configuration or arguments, 3 a check said no, "
-        "75 stopped early after saving.",
+        "75 stopped early after saving, 130 ended at once by a second Ctrl-C.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -77,7 +77,8 @@ def report_error(error: Exception, out: Output, *, debug: bool) -> int:
         traceback.print_exception(error, file=sys.stderr)
     out.warn(f"error: {message}")
     problems = {"problems": list(error.problems)} if isinstance(error, ConfigError) and error.problems else {}
-    out.result({"error": message, "exit_code": code, **problems})
+    if os.environ.get("RANK", "0") == "0":  # the ranks of torchrun share one standard output
+        out.result({"error": message, "exit_code": code, **problems})
     return code
 
 

@@ -123,6 +123,17 @@ def test_a_rank_leaves_its_reason_for_its_launcher(
     assert "error: ValueError: a bug" in capsys.readouterr().err  # in the rank's own log
 
 
+def test_of_many_failing_ranks_the_first_prints_the_object(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        report_error(_RefusedError("logits differ"), Output(as_json=True), debug=False)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"error": "logits differ", "exit_code": 3}
+    assert err.count("error: logits differ") == 3
+
+
 def test_the_exit_code_of_a_verb_is_the_commands() -> None:
     import typer
 

@@ -20,6 +20,10 @@ def losses() -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
+def exported_step() -> int:
+    return json.loads((_RUN / "export" / "hf" / "mega.json").read_text())["step"]
+
+
 def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process: Mega) -> None:
     ended = mega_process("train", tiny, "--ranks", "2", "--json")
     assert ended.code == 0, ended.err
@@ -41,17 +45,20 @@ def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process:
     assert (again.code, again.json["steps"], again.json["tokens_per_s"]) == (0, 4, None)
     assert "sample" not in again.err  # nothing was trained, so nothing is done twice
 
-    longer = mega_process("train", tiny, "--set", "train.steps=6", "--json")
+    longer = mega_process("train", tiny, "--set", "train.steps=5", "--json")
     assert longer.code == 0, longer.err
-    assert "changed since the last start: train.steps = 6, but was 4" in longer.err
-    assert [step for step, _ in losses()] == [1, 2, 3, 4, 5, 6]
+    assert "changed since the last start: train.steps = 5, but was 4" in longer.err
+    assert [step for step, _ in losses()] == [1, 2, 3, 4, 5]
+    assert longer.json["tokens_per_s"] is None  # the first step of a start is not measured
+    assert exported_step() == 5
+    assert "--- sample, prompt 'one '" in longer.err
 
     listed = mega("checkpoint", "list", _RUN, "--json").json["checkpoints"]
-    assert [checkpoint["step"] for checkpoint in listed] == [2, 4, 6]
-    assert "runs/tiny/checkpoints/step-00000006" in mega("checkpoint", "list", _RUN).out
+    assert [checkpoint["step"] for checkpoint in listed] == [2, 4, 5]
+    assert "runs/tiny/checkpoints/step-00000005" in mega("checkpoint", "list", _RUN).out
 
     texts = mega("generate", _RUN, "--prompt", "word", "--prompt", "x", "--greedy", "--json").json
-    assert texts["step"] == 6
+    assert texts["step"] == 5
     assert [text["prompt"] for text in texts["texts"]] == ["word", "x"]
     assert texts == mega("generate", _RUN, "--prompt", "word", "--prompt", "x", "--temperature", "0", "--json").json
     streamed = mega("generate", "tiny", "--prompt", "word", "--greedy").out
@@ -59,9 +66,9 @@ def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process:
     bad = mega("generate", _RUN, "--top-p", "2")
     assert bad.code == 2
     assert "--set generate.top_p=2.0: generate.top_p = 2.0: must be less than or equal to 1" in bad.err
-    absent = mega("generate", _RUN, "--step", "5")
+    absent = mega("generate", _RUN, "--step", "3")
     assert absent.code == 1
-    assert "no checkpoint of step 5; there are: 2, 4, 6" in absent.err
+    assert "no checkpoint of step 3; there are: 2, 4, 5" in absent.err
 
     exported = mega("export", _RUN, "--output", "out", "--step", "4", "--json").json
     assert (exported["path"], exported["step"]) == ("out", 4)
@@ -73,13 +80,13 @@ def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process:
     assert "runs/tiny has checkpoints of another configuration" in other.err
 
     assert mega("checkpoint", "verify", _RUN).code == 0
-    victim = next((_RUN / "checkpoints" / "step-00000006").glob("*.distcp"))
+    victim = next((_RUN / "checkpoints" / "step-00000005").glob("*.distcp"))
     victim.write_bytes(b"x" + victim.read_bytes()[1:])
     verified = mega("checkpoint", "verify", _RUN, "--json")
     assert verified.code == 3
     assert [checkpoint["good"] for checkpoint in verified.json["checkpoints"]] == [True, True, False]
     assert mega("checkpoint", "verify", _RUN, "--step", "4").code == 0
-    assert mega("checkpoint", "verify", _RUN, "--step", "5").code == 1
+    assert mega("checkpoint", "verify", _RUN, "--step", "3").code == 1
     passed_over = mega("generate", _RUN, "--json")
     assert passed_over.json["step"] == 4
     assert "passed over: " in passed_over.err
@@ -108,6 +115,51 @@ def test_a_stop_signal_saves_and_ends_with_75(tiny: Path, mega: Mega) -> None:
         assert process.wait(timeout=120) == 75
     steps = [checkpoint["step"] for checkpoint in mega("checkpoint", "list", _RUN, "--json").json["checkpoints"]]
     assert steps[-1] == losses()[-1][0]
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_schedulers_warning_and_its_end_save_and_end_with_75(tiny: Path, mega: Mega, ranks: str) -> None:
+    command = [sys.executable, "-m", "launcher", "train", str(tiny), "--ranks", ranks, "--set", "train.steps=100000"]
+    command += ["--set", "train.checkpoint.every_steps=0"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                process.send_signal(signal.SIGUSR1)
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 75
+    steps = [checkpoint["step"] for checkpoint in mega("checkpoint", "list", _RUN, "--json").json["checkpoints"]]
+    assert steps == [losses()[-1][0]]
+
+
+def test_what_goes_wrong_around_training_costs_nothing(tiny: Path, mega_process: Mega) -> None:
+    short = ["train", tiny, "--set", "train.steps=1", "--json"]
+    refused_sample = mega_process(*short, "--set", 'generate.stop=["no such token"]')
+    assert refused_sample.code == 0, refused_sample.err
+    assert (refused_sample.json["export"], exported_step()) == ("runs/tiny/export/hf", 1)
+    (told,) = [line for line in refused_sample.err.splitlines() if line.startswith("no text was sampled:")]
+    assert "'no such token' is not one token of the tokenizer" in told
+    assert told.endswith("; `mega generate runs/tiny` takes other prompts and settings")
+
+    before = (_RUN / "config.toml").read_text()
+    Path("other").mkdir()
+    for number in range(20):
+        (Path("other") / f"{number}.txt").write_text(f"Another text, number {number}.\n" * 20)
+    refused = mega_process(*short, "--set", "data.path=other")
+    assert refused.code == 1
+    assert "is of another run" in refused.json["error"]
+    assert (_RUN / "config.toml").read_text() == before
+
+    # As after a start that was killed before its export: an older one lies there.
+    origin = _RUN / "export" / "hf" / "mega.json"
+    origin.write_text(origin.read_text().replace('"step": 1', '"step": 0'))
+    again = mega_process(*short)
+    assert again.code == 0, again.err
+    assert exported_step() == 1
+    assert "--- sample, prompt 'one '" in again.err
+    assert "exporting" not in mega_process(*short).err
+    assert "exporting" in mega_process(*short, "--set", "export.dtype=bf16").err
 
 
 def test_a_bad_corpus_on_two_ranks_is_one_line(tiny: Path, mega_process: Mega) -> None:
