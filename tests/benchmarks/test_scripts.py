@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.requirements import require
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 BENCHMARKS = REPOSITORY / "benchmarks"
 CHECK_FAILED = 3
@@ -67,6 +69,6 @@ def test_training_loop_on_two_ranks(toy: list[str]) -> None:
 
 
 def test_training_loop_beside_transformers(toy: list[str], tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
+    require("accelerate")
     result = run_script("training_loop.py", *toy, "--preset=dense-7m", "--peer=transformers")
     assert list(result["comparisons"]) == ["transformers"]
