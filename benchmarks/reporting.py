@@ -6,6 +6,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import sys
@@ -61,9 +62,15 @@ def _circumstances() -> dict[str, Any]:
             **{package: _version(package) for package in ("torch", "transformers", "accelerate")},
         },
         # The script as a user of the repository would name it, wherever the repository lies.
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join([*_python(), f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _python() -> list[str]:
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    return ["python", *(launcher if ranks != "1" else [])]
 
 
 def _version(package: str) -> str | None:
