@@ -80,31 +80,61 @@ def assign_writers(held: list[dict[str, int]]) -> list[set[str]]:
     return shares
 
 
+Moment = dict[torch.device, torch.cuda.Event]
+"""A point in the work of each GPU that holds some of a state: see `moment_of`."""
+
+
+def moment_of(state: FlatState) -> Moment:
+    """The point at which all that was asked of the GPUs so far, and so the writing of `state`, will be done.
+
+    For the thread that does the asking; work that it asks for afterwards does not count. Empty without GPUs.
+    """
+    devices = {value.device for value in state.values() if isinstance(value, torch.Tensor) and value.is_cuda}
+    return {device: torch.cuda.current_stream(device).record_event() for device in devices}
+
+
 class StagingBuffers:
     """CPU copies of one rank's share. The buffers live as long as this object and are used again at each save."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @torch.no_grad()
-    def copy(self, state: FlatState) -> FlatState:
+    def copy(self, state: FlatState, moment: Moment) -> FlatState:
         """`state` with every tensor replaced by a plain CPU copy of its local part; other leaves are deep-copied.
 
-        The result is valid until the same keys are copied again. Returns once the copy is complete.
+        Copies from a GPU start at `moment` (which has all GPUs that `state` is on), and run on a stream of their own,
+        beside whatever the GPU does after it. Nothing may write to `state` before this returns, once the copy is
+        complete. The result is valid until the same keys are copied again.
         """
         staged: FlatState = {}
-        devices = set()
+        on_gpu: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for key, value in state.items():
             if not isinstance(value, torch.Tensor):
                 staged[key] = copy.deepcopy(value)
                 continue
             local = local_part(value)
-            staged[key] = self._buffer(key, local).copy_(local, non_blocking=True)
+            staged[key] = self._buffer(key, local)
             if local.is_cuda:
-                devices.add(local.device)
-        for device in devices:
-            torch.cuda.current_stream(device).synchronize()
+                on_gpu.setdefault(local.device, []).append((staged[key], local))
+            else:
+                staged[key].copy_(local)
+        for device, pairs in on_gpu.items():
+            with torch.cuda.stream(self._stream(device)):
+                self._stream(device).wait_event(moment[device])
+                for buffer, local in pairs:
+                    buffer.copy_(local, non_blocking=True)
+        # `state` holds the sources until here, so their memory cannot be given to anything else under way.
+        for device in on_gpu:
+            self._stream(device).synchronize()
         return staged
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        """Where copies from a GPU run. Not a thread's default: that is the one on which training computes."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
     def _buffer(self, key: str, local: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(key)

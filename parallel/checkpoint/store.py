@@ -38,12 +38,14 @@ from parallel.checkpoint.directory import (
 )
 from parallel.checkpoint.staging import (
     FlatState,
+    Moment,
     StagedPlanner,
     StagingBuffers,
     WriteShares,
     changed_only_by,
     flatten,
     local_part,
+    moment_of,
 )
 from parallel.errors import CheckpointError, CorruptCheckpointError
 from parallel.world import World
@@ -177,11 +179,12 @@ class CheckpointStore:
             shares = self._shares.mine(flatten(state), self._world)
             if asynchronous:
                 late = changed_only_by(self._overlapped, shares)
-                staged = self._buffers.copy({key: value for key, value in shares.items() if key not in late})
+                moment = moment_of(shares)
+                staged = self._buffers.copy({key: value for key, value in shares.items() if key not in late}, moment)
                 self._pending = handle
                 handle._start(
                     f"checkpoint-{step}",
-                    lambda: self._stage_and_write(handle, step, shares, staged, late, metadata),
+                    lambda: self._stage_and_write(handle, step, shares, staged, late, moment, metadata),
                 )
             else:
                 whole = {key: local_part(v) if isinstance(v, torch.Tensor) else v for key, v in shares.items()}
@@ -302,9 +305,10 @@ class CheckpointStore:
         shares: FlatState,
         staged: FlatState,
         late: Set[str],
+        moment: Moment,
         metadata: Mapping[str, Any],
     ) -> CheckpointInfo:
-        staged |= self._buffers.copy({key: shares[key] for key in late})
+        staged |= self._buffers.copy({key: shares[key] for key in late}, moment)
         handle._staged.set()
         return self._write(step, shares, staged, metadata)
 

@@ -159,10 +159,10 @@ def step_while_copying(world: World, root: Path) -> Any:
         store.overlap_with([optimizer])
         copy, finish_staging = store._buffers.copy, store.finish_staging
 
-        def copy_when_awaited(state: dict[str, Any]) -> dict[str, Any]:
+        def copy_when_awaited(state: dict[str, Any], moment: Any) -> dict[str, Any]:
             if "weight" in state:
                 waited.wait(30)
-            return copy(state)
+            return copy(state, moment)
 
         def announce() -> None:
             waited.set()
