@@ -1,1 +1,2 @@
-"""Sharded checkpoints: `directory` (what is on disk, without torch), `store` (save and load), `training_state`."""
+"""Sharded checkpoints: `directory` (what is on disk, without torch), `store` (save and load; with `agreement`, `staging`
+and `fit`), `training_state`."""

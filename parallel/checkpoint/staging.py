@@ -89,8 +89,8 @@ def moment_of(state: FlatState) -> Moment:
 
     For the thread that does the asking; work that it asks for afterwards does not count. Empty without GPUs.
     """
-    devices = {value.device for value in state.values() if isinstance(value, torch.Tensor) and value.is_cuda}
-    return {device: torch.cuda.current_stream(device).record_event() for device in devices}
+    devices = {local_part(value).device for value in state.values() if isinstance(value, torch.Tensor)}
+    return {device: torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"}
 
 
 class StagingBuffers:

@@ -36,6 +36,7 @@ from parallel.checkpoint.directory import (
     find_problems,
     record_file,
 )
+from parallel.checkpoint.fit import SavedTensor, differences, some_of
 from parallel.checkpoint.staging import (
     FlatState,
     Moment,
@@ -54,14 +55,6 @@ _log = logging.getLogger(__name__)
 _GRACE_SECONDS = 30.0
 PER_RANK = "per_rank."
 """Entries below `per_rank` belong to one rank (its random state, say): see `CheckpointStore.load`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavedTensor:
-    """A tensor of a checkpoint: its global shape and its type."""
-
-    shape: torch.Size
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,14 +265,14 @@ class CheckpointStore:
         saved = self.contents(info)
         missing = tuple(key for key in flat if key not in saved and key.startswith(PER_RANK))
         wanted = {key: value for key, value in flat.items() if key not in missing}
-        problems = _differences(wanted, saved)
+        problems = differences(wanted, saved)
         asked: set[str] = set()
         for rank, (keys, found) in enumerate(self._world.all_gather_object((list(wanted), problems))):
             asked |= set(keys)
             problems = problems or [f"rank {rank}: {problem}" for problem in found]
         unread = sorted(key for key in saved if key not in asked and not key.startswith(PER_RANK))
         if unread:
-            problems = [*problems, f"it has {_some(unread)}, which this run does not"]
+            problems = [*problems, f"it has {some_of(unread)}, which this run does not"]
         if problems:
             raise CheckpointError(
                 f"checkpoint {info.path} does not fit this run: {'; '.join(problems)}. "
@@ -369,27 +362,6 @@ def _record_own_files(directory: Path, rank: int) -> dict[str, FileRecord]:
     """Reads back and records the files that this rank has written. Rank 0 wrote the metadata too."""
     own = [*directory.glob(f"__{rank}_*.distcp"), *([directory / ".metadata"] if rank == 0 else [])]
     return {path.name: record_file(path) for path in own}
-
-
-def _differences(wanted: FlatState, saved: Mapping[str, SavedTensor | None]) -> list[str]:
-    """Where the entries asked for are not those of a checkpoint."""
-    lacking = sorted(key for key in wanted if key not in saved)
-    problems = [f"it lacks {_some(lacking)}"] if lacking else []
-    for key, value in wanted.items():
-        if key not in saved:
-            continue
-        here = SavedTensor(shape=value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else None
-        if here != saved[key]:
-            problems.append(f"{key} is {_describe(saved[key])} there and {_describe(here)} here")
-    return problems if len(problems) <= 4 else [*problems[:3], f"and {len(problems) - 3} more differences"]
-
-
-def _describe(entry: SavedTensor | None) -> str:
-    return "no tensor" if entry is None else f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
-
-
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def _nested_like(state: Mapping[str, Any], flat: FlatState, prefix: str = "") -> dict[str, Any]:

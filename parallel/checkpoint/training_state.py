@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from parallel.checkpoint.directory import CheckpointInfo
-from parallel.checkpoint.store import CheckpointStore, LoadedState, SavedTensor
+from parallel.checkpoint.fit import SavedTensor
+from parallel.checkpoint.store import CheckpointStore, LoadedState
 from parallel.errors import ParallelError
 
 _COMPILED = "_orig_mod."

@@ -17,7 +17,7 @@ from megamodel.train.restore import restore_decoder
 from megamodel.train.run_directory import RunDirectory
 from parallel.checkpoint.directory import CheckpointDirectory
 from parallel.errors import CheckpointError
-from tests.gloo_pool import GlooPool
+from tests.gloo_pool import GlooPool, RankFailureError
 from tests.megamodel.train.jobs import small_job, train_job
 
 
@@ -76,3 +76,16 @@ def test_what_cannot_be_read_is_an_error_and_not_passed_over(
     monkeypatch.setattr(restore.Path, "read_bytes", stale)
     with pytest.raises(CheckpointError, match=r"step-00000003: cannot read manifest\.json \(Stale file handle\)"):
         restore_decoder(run)
+
+
+def test_a_run_without_a_good_checkpoint_ends_and_keeps_its_metrics(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = small_job(tmp_path, steps=2, checkpoint={"every_steps": 1}, validation={"every_steps": 0})
+    gloo_ranks(2, train_job, job)
+    run = RunDirectory(job.run_directory)
+    before = run.metrics.read_bytes()
+    for manifest in run.checkpoints.glob("step-*/manifest.json"):
+        manifest.unlink()
+    for _ in range(2):
+        with pytest.raises(RankFailureError, match=r"none is good.*remove that folder, or start under another name"):
+            gloo_ranks(2, train_job, job)
+    assert run.metrics.read_bytes() == before
