@@ -141,7 +141,7 @@ def test_a_meeting_that_never_happens_is_one_line(monkeypatch: pytest.MonkeyPatc
     assert "\n" not in str(caught.value)
 
 
-ONE_OF_TWO = """
+ONE_OF_THREE = """
 import sys
 from parallel.world import open_world
 print("started", flush=True)
@@ -151,37 +151,40 @@ with open_world(device="cpu", timeout_seconds=1.0, rendezvous_timeout_seconds=60
 """
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_ranks_may_come_further_apart_than_a_collective_may_take(first: int) -> None:
+@pytest.mark.parametrize("late", [0, 2])
+def test_ranks_may_come_further_apart_than_a_collective_may_take(late: int) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-        port = free.getsockname()[1]
+        places = {"WORLD_SIZE": "3", "MASTER_PORT": str(free.getsockname()[1])}
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", ONE_OF_TWO],
-            env={**os.environ, **TORCHRUN, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+            [sys.executable, "-W", "error", "-c", ONE_OF_THREE],
+            env={**os.environ, **TORCHRUN, **places, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(3)
     ]
+    early = [process for rank, process in enumerate(ranks) if rank != late]
     try:
         for process in ranks:
             assert process.stdout is not None
             assert process.stdout.readline() == "started\n"
-        assert ranks[first].stdin is not None
-        ranks[first].stdin.write("\n")
-        ranks[first].stdin.flush()
-        # Longer than timeout_seconds, and it waits still.
-        with pytest.raises(subprocess.TimeoutExpired):
-            ranks[first].wait(timeout=2.5)
-        outputs = [process.communicate("\n", timeout=60) for process in (ranks[1 - first], ranks[first])]
+        for process in early:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        for process in early:
+            # Longer than timeout_seconds, and it waits still.
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=1.5)
+        outputs = [process.communicate("\n", timeout=60) for process in (ranks[late], *early)]
     finally:
         for process in ranks:
             process.kill()
             process.wait(timeout=60)
-    assert [output for output, _ in outputs] == ["[0, 1] 1.0\n"] * 2, outputs
+    assert [output for output, _ in outputs] == ["[0, 1, 2] 1.0\n"] * 3, outputs
 
 
 def gather_and_warn(world: World) -> tuple[list[list[float]], list[str]]:
