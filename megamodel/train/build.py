@@ -18,7 +18,7 @@ from megamodel.model.initialization import initial_value
 from megamodel.model.loss import ChunkedTokenLoss, chunk_terms
 from megamodel.model.seams import ScaledDotProduct
 from megamodel.train.config import TrainConfig
-from megamodel.train.sharding_plan import is_gathered_unit
+from megamodel.train.sharding_plan import is_full_precision, is_gathered_unit
 from parallel.config import ParallelConfig
 from parallel.data_parallel import DataParallel, wrap
 from parallel.world import World
@@ -65,6 +65,7 @@ def build_model(
         mesh=world.data_mesh,
         engine=parallel.data_engine,
         is_unit=is_gathered_unit,
+        is_full_precision=is_full_precision,
         param_dtype=decoder.compute_dtype if sharded and train.precision != "fp32" else None,
         reduce_dtype=_DTYPES[parallel.reduce_dtype],
         reshard_after_forward=parallel.reshard_after_forward,

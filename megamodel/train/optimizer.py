@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from megamodel.train.config import OptimizerConfig
@@ -40,7 +43,7 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: t
     others: list[tuple[str, Tensor]] = []
     for name, parameter in model.named_parameters():
         (others if name.endswith(_UNDECAYED) else matrices).append((name, parameter))
-    adamw_groups = [{"params": others, "weight_decay": 0.0}]
+    adamw_groups = _groups(others, weight_decay=0.0)
     members: list[Optimizer] = []
     if config.name == "muon":
         members.append(
@@ -54,10 +57,10 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: t
             )
         )
     else:
-        adamw_groups.append({"params": matrices, "weight_decay": config.weight_decay})
+        adamw_groups += _groups(matrices, weight_decay=config.weight_decay)
     members.append(
         AdamW(
-            [group for group in adamw_groups if group["params"]],
+            adamw_groups,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -65,3 +68,13 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: t
         )
     )
     return Optimizers(members)
+
+
+def _groups(parameters: list[tuple[str, Tensor]], *, weight_decay: float) -> list[dict[str, Any]]:
+    """Sharded and plain parameters apart: a fused optimizer takes no mixture of them in one group."""
+    groups = []
+    for sharded in (False, True):
+        members = [(name, parameter) for name, parameter in parameters if isinstance(parameter, DTensor) == sharded]
+        if members:
+            groups.append({"params": members, "weight_decay": weight_decay})
+    return groups

@@ -203,6 +203,38 @@ def test_bf16_keeps_float32_weights_and_follows_fp32(gloo_ranks: GlooPool, engin
     assert rounded[-1] < rounded[0] - 0.05
 
 
+def bf16_gradients(world: World, engine: str, optimizer: str) -> dict[str, torch.Tensor]:
+    """Gradients of norms and routers in bf16, and the router's weights after a step."""
+    train = TrainConfig(precision="bf16", compile="off")
+    built = build_model(CONFIG, train, ParallelConfig(data_engine=engine), world=world, seed=3, seq_len=SEQ)
+    optimizers = build_optimizers(built.decoder, OptimizerConfig(name=optimizer, lr=1e-3), compute_dtype("bf16"), world)
+    step = TrainStep(
+        world=world, decoder=built.decoder, data_parallel=built.data_parallel, optimizers=optimizers, max_norm=1e9
+    )
+    kept = {}
+    update = step.optimizers.step
+
+    def keep(factor: float) -> None:
+        small = {n: p for n, p in built.decoder.named_parameters() if n.endswith(("norm.weight", "router.weight"))}
+        kept.update({name: whole(p.grad) for name, p in small.items() if p.grad is not None})
+        update(factor)
+        kept.update({f"{name} after": whole(p) for name, p in small.items()})
+
+    step.optimizers.step = keep  # type: ignore[method-assign]
+    step(share(global_batch(0), world, 6), lr_factor=1.0, stop_requested=lambda: False)
+    return kept
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_both_engines_treat_norms_and_routers_alike_in_bf16(gloo_ranks: GlooPool, optimizer: str) -> None:
+    replicated = gloo_ranks(2, bf16_gradients, "ddp", optimizer)[0]
+    sharded = gloo_ranks(2, bf16_gradients, "fsdp2", optimizer)
+    assert any("router" in name for name in replicated)
+    for name, expected in replicated.items():
+        assert torch.equal(sharded[0][name], sharded[1][name]), name
+        assert (sharded[0][name] - expected).norm() / expected.norm() < 1e-4, name
+
+
 def rotary_dtype(world: World) -> torch.dtype:
     train = TrainConfig(precision="bf16", compile="off")
     built = build_model(CONFIG, train, ParallelConfig(data_engine="fsdp2"), world=world, seed=3, seq_len=SEQ)
