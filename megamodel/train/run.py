@@ -39,7 +39,11 @@ def train(job: TrainingJob, *, console: Console, on_accepted: Callable[[], None]
     """
     # Before the ranks meet: reading a large corpus may take longer than ranks should wait in a collective.
     prepared = prepare(job.data, progress=lambda stage, share: _say_stage(console, stage, share))
-    with open_world(device=job.device, timeout_seconds=job.parallel.timeout_seconds) as world:
+    with open_world(
+        device=job.device,
+        timeout_seconds=job.parallel.timeout_seconds,
+        rendezvous_timeout_seconds=job.parallel.rendezvous_timeout_seconds,
+    ) as world:
         return train_in_world(job, prepared, world, console=console, on_accepted=on_accepted)
 
 

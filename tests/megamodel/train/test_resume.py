@@ -79,6 +79,17 @@ def test_three_ranks_resume_bit_equal_too(gloo_ranks: GlooPool, tmp_path: Path) 
     assert losses(stopped) == losses(whole)
 
 
+def test_a_sharded_run_in_bf16_resumes_bit_equal(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    """Norms and routers are whole on every rank there, beside sharded matrices."""
+    whole = small_job(tmp_path, name="whole", engine="fsdp2", precision="bf16", steps=6)
+    prepared(whole)
+    gloo_ranks(2, train_job, whole)
+    stopped = small_job(tmp_path, name="stopped", engine="fsdp2", precision="bf16", steps=6)
+    gloo_ranks(2, _train_with_signal, stopped, 1, 3, signal.SIGUSR1)
+    gloo_ranks(2, train_job, stopped)
+    assert losses(stopped) == losses(whole)
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_any_rank_stops_all_after_saving(gloo_ranks: GlooPool, tmp_path: Path, signal_number: int) -> None:
     job = small_job(tmp_path, steps=6, checkpoint={"every_steps": 0})
