@@ -72,3 +72,29 @@ def test_training_loop_beside_transformers(toy: list[str], tmp_path: Path) -> No
     require("accelerate")
     result = run_script("training_loop.py", *toy, "--preset=dense-7m", "--peer=transformers")
     assert list(result["comparisons"]) == ["transformers"]
+
+
+def test_attention() -> None:
+    require("compiler")
+    result = run_script("attention.py", "--seq-lens", "16", "--tokens", "64", "--repeats", "1")
+    assert [case["seq_len"] for case in result["cases"]] == [16]
+
+
+def test_checkpoint_stall(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "checkpoint_stall.py"), "--parameters", "300000", "--repeats", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode in FINISHED, done.stderr[-3000:]
+    assert json.loads(done.stdout)["stall_ratio"] > 0
+
+
+def test_plot_loss(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "tokens": 100, "loss": 3.0},
+        {"step": 2, "tokens": 200, "loss": 2.0},
+        {"step": 2, "val_loss": 2.5, "val_bits_per_byte": 1.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    picture = tmp_path / "loss.png"
+    command = [sys.executable, str(BENCHMARKS / "plot_loss.py"), str(tmp_path), str(picture)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=100)
+    assert picture.read_bytes().startswith(b"\x89PNG")
