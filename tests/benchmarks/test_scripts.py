@@ -83,7 +83,7 @@ def test_attention() -> None:
 def test_checkpoint_stall(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "checkpoint_stall.py"), "--parameters", "300000", "--repeats", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode in FINISHED, done.stderr[-3000:]
+    assert done.returncode in (0, 3), done.stderr[-3000:]
     assert json.loads(done.stdout)["stall_ratio"] > 0
 
 
