@@ -5,16 +5,14 @@
 
 Both kinds of save are timed in turn, in one run, on one state (a model and its AdamW moments, fp32). The stall is the
 time for which a save keeps the training thread: `save` itself, and what the next optimizer step waits for the copy of
-its parameters. Also printed: by how much that next step, with its save, was longer than a step without one
-(`step_excess`: on a machine without a spare core it includes sharing the cores with the writing thread), and how much
-longer the steps beside a save take (`background_step_ratio`).
+its parameters. That is what the bound is about. Also printed: by how much that next step, with its save, was longer than a
+step without one (`step_excess`), and how much longer the steps beside a save take (`background_step_ratio`): where training
+uses every core, the thread that copies, hashes and writes shares them with it, at the lowest priority.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reporting import add_output_options, report
 from torch import nn
 
 from parallel.checkpoint.store import CheckpointStore
@@ -106,11 +105,12 @@ def measure(world: World, training: Training, repeats: int) -> dict[str, Any]:
     }
 
 
-def processor() -> str:
-    """The model of this machine's processor."""
-    facts = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in facts if line.startswith("model name")]
-    return f"{len(names)} x {names[0]}" if names else platform.processor()
+def in_words(result: dict[str, Any]) -> dict[str, str]:
+    return {
+        "blocking save": f"{result['blocking_s']:.3f} s for {result['checkpoint_bytes'] / 2**20:.0f} MiB",
+        "the training thread waits": f"{result['stall_ratio']:.4f} of that (bound {BOUND:g})",
+        "the step beside it takes longer by": f"{result['step_excess_ratio']:.3f} of that",
+    }
 
 
 def main() -> int:
@@ -121,29 +121,24 @@ def main() -> int:
     parser.add_argument("--engine", choices=["ddp", "fsdp2"], default=ParallelConfig().data_engine)
     parser.add_argument("--repeats", type=int, default=7, help="saves of each kind after the warm-up")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--output", type=Path, help="file for the result, as JSON")
+    add_output_options(parser)
     options = parser.parse_args()
     with open_world(device=options.device) as world:
         training = Training(world, options.engine, options.parameters)
-        launcher = f"-m torch.distributed.run --standalone --nproc-per-node {world.world_size}".split()
-        if world.backend is None:
-            launcher = []
+        measured = measure(world, training, options.repeats)
+        parameters = sum(parameter.numel() for parameter in training.parallel.model.parameters())
+        if not world.is_main:
+            return 0
         result = {
-            **measure(world, training, options.repeats),
-            "parameters": sum(parameter.numel() for parameter in training.parallel.model.parameters()),
+            **measured,
+            "parameters": parameters,
             "ranks": world.world_size,
             "engine": options.engine if world.world_size > 1 else "none",
-            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else processor(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "command": " ".join(["python", *launcher, *sys.argv]),
+            "met": measured["stall_ratio"] <= BOUND,
+            "summary": in_words(measured),
         }
-        if world.is_main:
-            text = json.dumps(result, indent=1)
-            if options.output is not None:
-                options.output.write_text(text + "\n")
-            print(text)
-    return 0 if result["stall_ratio"] <= BOUND else 3
+        suffix = "1_rank" if world.world_size == 1 else f"{world.world_size}_ranks"
+        return report(f"checkpoint_stall_{suffix}", result, options)
 
 
 if __name__ == "__main__":

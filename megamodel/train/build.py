@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -97,6 +99,8 @@ def find_compiler(device_type: str) -> str | None:
         except ImportError:
             return None
         return f"triton {triton.__version__}"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return None
     return next((found for name in (os.environ.get("CXX", "g++"), "clang++") if (found := shutil.which(name))), None)
 
 
@@ -111,7 +115,9 @@ def _missing_compiler(choice: str, device: torch.device) -> str | None:
     """What to tell the user when compilation is wanted and cannot be had. Raises `TrainingError` when it must be."""
     if choice == "off" or find_compiler(device.type) is not None:
         return None
-    missing = "Triton" if device.type == "cuda" else "a C++ compiler (Debian: apt-get install g++)"
+    missing = (
+        "Triton" if device.type == "cuda" else "a C++ compiler with Python.h (Debian: apt-get install g++ python3-dev)"
+    )
     if choice == "on":
         raise TrainingError(f'train.compile = "on" needs {missing}; install it, or set train.compile = "off"')
     return f"torch.compile is off: {missing} is missing; training is slower without"

@@ -86,8 +86,9 @@ class Muon(Optimizer):
 
     def _share(self, updates: list[Tensor]) -> list[Tensor]:
         """Orthogonal versions of what every rank holds alike, each computed by one rank."""
-        if not updates:
-            return []
+        if len(updates) < self._world.world_size:
+            # Fewer pieces than ranks: every rank would wait for, and make room for, the largest piece all the same.
+            return [orthogonalize(update, self._dtype).to(update.dtype) for update in updates]
         owners = assign_owners([_cost(update) for update in updates], self._world.world_size)
         sizes = [0] * self._world.world_size
         for owner, update in zip(owners, updates, strict=True):

@@ -104,7 +104,9 @@ class Trainer:
             while self.progress.step < self.config.steps and stopped_by is None:
                 last = self._one_step(loader, stop, save_s)
                 number = self.progress.step
-                if last.stop_requested:
+                if (
+                    last.stop_requested and number < self.config.steps
+                ):  # after the last step the run is at its end anyway
                     stopped_by = stop.signal_name or "another rank's signal"
                 if _due(number, self.config.validation.every_steps, self.config.steps) and stopped_by is None:
                     validation = self._validate(number)

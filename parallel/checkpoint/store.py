@@ -9,11 +9,13 @@ that thread too, during the next forward and backward: `CheckpointStore.overlap_
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -107,7 +109,11 @@ class SaveHandle:
             self.stall_seconds += time.perf_counter() - start
 
     def _start(self, name: str, save: Callable[[], CheckpointInfo]) -> None:
-        self._thread = threading.Thread(target=self._run, args=(save,), name=name, daemon=True)
+        def work() -> None:
+            _yield_to_training()
+            self._run(save)
+
+        self._thread = threading.Thread(target=work, name=name, daemon=True)
         self._thread.start()
 
     def _run(self, save: Callable[[], CheckpointInfo]) -> None:
@@ -121,6 +127,13 @@ class SaveHandle:
         finally:
             self._staged.set()
             self._ended.set()
+
+
+def _yield_to_training() -> None:
+    """Gives this thread the lowest priority where threads have one of their own, so that a step that needs every core gets it."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 class CheckpointStore:

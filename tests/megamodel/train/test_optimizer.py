@@ -168,3 +168,18 @@ def test_schedules() -> None:
     assert [learning_rate_factor(wsd, step, 100) for step in (1, 80, 90, 100)] == pytest.approx([1, 1, 0.5, 0])
     constant = ScheduleConfig(name="constant", warmup_steps=2)
     assert [learning_rate_factor(constant, step, 9) for step in (1, 2, 9)] == [0.5, 1.0, 1.0]
+
+
+def lone_matrix(world: World) -> bool:
+    start, grad = torch.arange(48.0).reshape(6, 8), torch.linspace(-1, 1, 48).reshape(6, 8)
+    results = []
+    for place in (world, ALONE):
+        parameter = torch.nn.Parameter(start.clone())
+        parameter.grad = grad.clone()
+        Muon([parameter], lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32, world=place).step()
+        results.append(parameter)
+    return torch.equal(*results)
+
+
+def test_fewer_matrices_than_ranks_are_not_dealt_out(gloo_ranks: GlooPool) -> None:
+    assert gloo_ranks(3, lone_matrix) == [True] * 3

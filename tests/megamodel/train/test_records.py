@@ -156,5 +156,8 @@ def test_without_a_compiler_training_is_eager_with_a_notice(monkeypatch: pytest.
     assert notice is not None
     assert "apt-get install g++" in notice
     assert build._missing_compiler("off", torch.device("cpu")) is None
+    monkeypatch.undo()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nonexistent")
+    assert find_compiler("cpu") is None
     with pytest.raises(TrainingError, match=r'set train\.compile = "off"'):
         build._missing_compiler("on", torch.device("cpu"))

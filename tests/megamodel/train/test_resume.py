@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from megamodel.errors import TrainingError
-from megamodel.train.build import find_compiler
 from megamodel.train.config import TrainConfig
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.restore import restore_decoder
@@ -21,6 +20,7 @@ from megamodel.train.step import StepResult, TrainStep
 from parallel.world import World
 from tests.gloo_pool import GlooPool, RankFailureError
 from tests.megamodel.train.jobs import losses, prepared, small_job, step_lines, train_job, train_poisoned
+from tests.requirements import requires
 
 
 class _SignalAtStep:
@@ -99,6 +99,14 @@ def test_a_signal_to_any_rank_stops_all_after_saving(gloo_ranks: GlooPool, tmp_p
     assert restore_decoder(RunDirectory(job.run_directory)).step == 3
     finished = gloo_ranks(2, train_job, job)
     assert [(result.steps, result.finished) for result in finished] == [(6, True), (6, True)]
+
+
+def test_a_signal_in_the_last_step_still_ends_the_run_with_its_validation(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = small_job(tmp_path, steps=4, validation={"every_steps": 0})
+    result = gloo_ranks(1, _train_with_signal, job, 0, 4, signal.SIGTERM)[0]
+    assert (result.steps, result.finished) == (4, True)
+    assert result.val_loss is not None
+    assert gloo_ranks(1, train_job, job)[0].val_loss == result.val_loss
 
 
 def test_another_number_of_ranks_sees_the_same_batches(gloo_ranks: GlooPool, tmp_path: Path) -> None:
@@ -197,7 +205,7 @@ def test_a_run_of_bad_gradients_is_counted_across_restarts(gloo_ranks: GlooPool,
 
 @pytest.mark.compiler
 @pytest.mark.slow
-@pytest.mark.skipif(find_compiler("cpu") is None, reason="torch.compile needs a C++ compiler: install g++")
+@requires("compiler")
 def test_compiled_runs_with_accumulation_resume_bit_equal(gloo_ranks: GlooPool, tmp_path: Path) -> None:
     """What `make train` does, in fp32: compiled blocks, compiled loss, explicit attention."""
     settings = {"compile": "on", "micro_batch_size": 2, "steps": 8, "validation": {"every_steps": 3}}
