@@ -30,8 +30,15 @@ def _has_compiler() -> bool:
     return find_compiler("cpu") is not None
 
 
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 _REQUIREMENTS = {
     "compiler": _Requirement(is_there=_has_compiler, mend="install g++"),
+    "cuda": _Requirement(is_there=_has_cuda, mend="run this where torch sees a CUDA device"),
     "transformers": _package("transformers", "hf"),
     "datasets": _package("datasets", "hf"),
     "accelerate": _package("accelerate", "dev"),

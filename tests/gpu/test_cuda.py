@@ -16,11 +16,9 @@ from megamodel.model.config import ModelConfig
 from megamodel.model.decoder import Decoder, LossTerms
 from tests.megamodel.small import MOE, build, random_tokens, small_config
 from tests.megamodel.train.jobs import losses, small_job
+from tests.requirements import requires
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none here"),
-]
+pytestmark = [pytest.mark.gpu, requires("cuda")]
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from parallel.checkpoint.staging import StagingBuffers, moment_of
+from tests.requirements import requires
 
 
 def state_on(device: str) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def test_copies_on_the_cpu_are_independent_and_need_no_moment() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires("cuda")
 def test_copies_from_a_gpu_neither_wait_for_what_comes_after_nor_miss_what_came_before() -> None:
     buffers, state = StagingBuffers(), state_on("cuda")
     buffers.copy(state, moment_of(state))  # page-locked buffers and the stream are there from now on
