@@ -6,6 +6,7 @@ whole. Hosts may share a cache on a file system whose locks do not reach from on
 touches nothing of the others, and the first to finish is taken.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -24,6 +25,8 @@ from data_pipeline.tokenizer import tokenizer_file
 
 # Raised when the same settings and content must give other files than before.
 _RECIPE_VERSION = 1
+# What a file system says that knows no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def prepare(config: DataConfig, *, progress: Progress | None = None, verify: bool = True) -> PreparedData:
@@ -121,7 +124,10 @@ def _fingerprint(config: DataConfig, corpus: Corpus, stamp: str, report: Progres
 
 @contextmanager
 def _lock(path: Path, report: Progress) -> Iterator[None]:
-    """Held by one process at a time; the system releases it when the process ends, however it ends."""
+    """Held by one process at a time; the system releases it when the process ends, however it ends.
+
+    Some file systems have no locks. There every process does the work itself, and what is first under its name is taken.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -129,6 +135,10 @@ def _lock(path: Path, report: Progress) -> Iterator[None]:
         except BlockingIOError:
             report("waiting for another process that prepares the same data", 0.0)
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            report(f"{path.parent} has no locks ({error.strerror}): processes at once each do all of the work", 0.0)
         yield
 
 

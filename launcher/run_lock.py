@@ -33,10 +33,12 @@ def locked_run(root: Path, *, say: Callable[[str], None]) -> Iterator[None]:
             say(f"{root / LOCK_NAME}: this file system has no locks ({error.strerror}); start no run twice at a time")
             yield
             return
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-        # Not by closing alone, which leaves it with any process that was forked in between.
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            yield
+        finally:
+            # Not by closing alone, which leaves it with any process that was forked in between.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)

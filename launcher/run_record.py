@@ -24,11 +24,12 @@ _FREE = ("model.preset", "data.cache_directory", "data.path", "data.file_pattern
 def changes_to_run(loaded: LoadedConfig[RunConfig]) -> list[str]:
     """A line for each key that this configuration changes of the run's last one. Writes nothing.
 
-    Raises ConfigError when the run has checkpoints and the configuration no longer means the same model or data.
+    Raises ConfigError when the run has checkpoints and the configuration no longer means the same model or data, and
+    when the last configuration is damaged.
     """
     config = loaded.config
     directory = RunDirectory(config.run_directory)
-    earlier = _flat(tomllib.loads(directory.config.read_text(encoding="utf-8"))) if directory.config.exists() else {}
+    earlier = _flat(_last_config(directory)) if directory.config.exists() else {}
     now = _flat(tomllib.loads(resolved_toml(config)))
     keys = dict.fromkeys((*now, *earlier)) if earlier else {}
     changes = {key: (earlier.get(key), now.get(key)) for key in keys if earlier.get(key) != now.get(key)}
@@ -92,6 +93,15 @@ def find_run(run: Path) -> RunDirectory:
 def read_config(directory: RunDirectory) -> RunConfig:
     """The resolved configuration of a run, as it would start now. Raises ConfigError where it is damaged."""
     return load_run_config([directory.config]).config
+
+
+def _last_config(directory: RunDirectory) -> dict[str, Any]:
+    try:
+        return tomllib.loads(directory.config.read_text(encoding="utf-8"))
+    except ValueError as error:  # no TOML, or no text
+        raise ConfigError(
+            f"{directory.config}: is damaged ({error}); remove it: `mega train` with the run's configuration writes it anew"
+        ) from error
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.errors import RunError
 from launcher.output import Output
-from launcher.verb import EXIT_REFUSED
+from launcher.verb import EXIT_FAILED, EXIT_REFUSED
 from launcher.verbs.generate import Run, Step
 
 if TYPE_CHECKING:
-    from parallel.checkpoint.directory import CheckpointInfo
+    from parallel.checkpoint.directory import CheckpointDirectory, CheckpointInfo
 
 
 def list_(out: Output, run: Run) -> int:
@@ -40,29 +42,60 @@ def list_(out: Output, run: Run) -> int:
 
 
 def verify(out: Output, run: Run, step: Step = None) -> int:
-    """Read every file of a run's checkpoints, or of one, and compare with its hash; end with 3 if any is corrupt."""
+    """Read every file of a run's checkpoints, or of one, and compare with its hash; end with 3 if any is corrupt.
+
+    One that cannot be read is no corrupt one: it alone ends the command with 1.
+    """
     from launcher.run_record import find_run
-    from parallel.checkpoint.directory import CheckpointDirectory, find_problems
-    from parallel.errors import CheckpointError
+    from parallel.checkpoint.directory import CheckpointDirectory
 
     directory = CheckpointDirectory(find_run(run).checkpoints)
     chosen = [path for path in directory.step_paths() if step is None or path == directory.path_of(step)]
-    if not chosen:
-        asked = "complete checkpoint" if step is None else f"checkpoint of step {step}"
-        raise RunError(f"{directory.root}: there is no {asked} to verify; `mega checkpoint list` shows what is there")
     verdicts = []
     for path in chosen:
-        try:
-            problems = find_problems(directory.read(path))
-        except CheckpointError as error:
-            problems = [str(error)]
-        verdicts.append({"path": str(path), "good": not problems, "problems": problems})
-        out.say(f"{path}: {'good' if not problems else 'CORRUPT: ' + '; '.join(problems)}")
-    good = all(verdict["good"] for verdict in verdicts)
-    if not good:
+        if (verdict := _examine(directory, path)) is not None:
+            verdicts.append(verdict)
+            out.say(f"{path}: {verdict.words}")
+    if not verdicts:
+        asked = "complete checkpoint" if step is None else f"checkpoint of step {step}"
+        raise RunError(f"{directory.root}: there is no {asked} to verify; `mega checkpoint list` shows what is there")
+    code = max(verdict.code for verdict in verdicts)
+    if code == EXIT_REFUSED:
         out.say("`mega train` passes over a corrupt checkpoint and continues from the one before.")
-    out.result({"ok": good, "checkpoints": verdicts})
-    return 0 if good else EXIT_REFUSED
+    out.result({"ok": code == 0, "checkpoints": [verdict.as_object() for verdict in verdicts]})
+    return code
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    """What is known of one checkpoint; `code` is the exit code that it asks for."""
+
+    path: Path
+    code: int
+    problems: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        what = {0: "good", EXIT_FAILED: "cannot be read: ", EXIT_REFUSED: "CORRUPT: "}[self.code]
+        return what + "; ".join(self.problems)
+
+    def as_object(self) -> dict[str, Any]:
+        good = None if self.code == EXIT_FAILED else self.code == 0  # null: not known
+        return {"path": str(self.path), "good": good, "problems": self.problems}
+
+
+def _examine(directory: CheckpointDirectory, path: Path) -> _Verdict | None:
+    """Reads all of a checkpoint. None where it is gone: a run that trains on removes its old ones."""
+    from parallel.checkpoint.directory import find_problems
+    from parallel.errors import CheckpointError, CorruptCheckpointError
+
+    try:
+        problems = tuple(find_problems(directory.read(path)))
+    except CorruptCheckpointError as error:
+        return _Verdict(path=path, code=EXIT_REFUSED, problems=(str(error),))
+    except CheckpointError as error:
+        return _Verdict(path=path, code=EXIT_FAILED, problems=(str(error),)) if path.exists() else None
+    return _Verdict(path=path, code=EXIT_REFUSED if problems else 0, problems=problems)
 
 
 VERBS: dict[str, Callable[..., int]] = {"list": list_, "verify": verify}

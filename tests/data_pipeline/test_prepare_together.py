@@ -1,5 +1,6 @@
 """Several processes, or hosts, that prepare the same data: one builds, the others wait, and a kill harms nobody."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -127,6 +128,30 @@ def test_the_first_of_two_hosts_to_finish_is_taken(config: DataConfig) -> None:
     prepared = prepare(config, progress=other_host_finishes)
     assert times == {path.name: path.stat().st_mtime_ns for path in prepared.directory.iterdir()}
     assert not list(built.parent.glob("*.partial-*"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_and_used(
+    config: DataConfig, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_locks(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    stages: list[str] = []
+    prepared = prepare(config, progress=lambda stage, fraction: stages.append(stage))
+    assert prepared.directory.is_dir()
+    told = f"{config.cache_directory} has no locks ({os.strerror(number)}): processes at once each do all of the work"
+    assert told in stages
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: object, operation: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(DataError, match="Input/output error: mend this, or set data.path or data.cache_directory"):
+        prepare(config)
 
 
 def test_a_rank_may_leave_the_hashing_to_another(config: DataConfig) -> None:

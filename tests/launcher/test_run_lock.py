@@ -43,6 +43,20 @@ def test_a_run_is_held_once_and_let_go_of(tmp_path: Path) -> None:
         pass
 
 
+def test_a_failed_start_lets_go_though_a_forked_process_has_the_file_open(tmp_path: Path) -> None:
+    descriptors = Path("/proc/self/fd")
+    copies = []
+    with pytest.raises(KeyError), locked_run(tmp_path / "x", say=refuse):
+        for entry in descriptors.iterdir():
+            if entry.is_symlink() and entry.readlink() == tmp_path / "x" / ".lock":
+                copies.append(os.dup(int(entry.name)))  # as a fork leaves it
+        raise KeyError
+    assert len(copies) == 1
+    with locked_run(tmp_path / "x", say=refuse):
+        pass
+    os.close(copies[0])
+
+
 @pytest.mark.parametrize("ends_by", [signal.SIGKILL, signal.SIGTERM])
 def test_the_system_lets_go_of_a_dead_process_run(tmp_path: Path, ends_by: signal.Signals) -> None:
     command = [sys.executable, "-c", _HOLDER, str(tmp_path / "x")]

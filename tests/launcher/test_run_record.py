@@ -62,6 +62,14 @@ def test_without_checkpoints_anything_may_change() -> None:
     assert changes_to_run(load("model.num_layers=3")) == ["model.num_layers = 3, but was 2"]
 
 
+@pytest.mark.parametrize("content", [b"[run\n", b"\xff\xfe"])
+def test_a_damaged_configuration_is_told_with_its_mend(content: bytes) -> None:
+    record_config(load().config)
+    Path("runs/run/config.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"^runs/run/config.toml: is damaged \(.+\); remove it: `mega train` with"):
+        changes_to_run(load())
+
+
 def test_each_start_has_logs_of_its_own() -> None:
     directory = RunDirectory(Path("runs/x"))
     assert new_attempt(directory) == Path("runs/x/logs/attempt-1")

@@ -109,13 +109,16 @@ def test_a_signal_in_the_last_step_still_ends_the_run_with_its_validation(gloo_r
     assert gloo_ranks(1, train_job, job)[0].val_loss == result.val_loss
 
 
-def test_another_number_of_ranks_sees_the_same_batches(gloo_ranks: GlooPool, tmp_path: Path) -> None:
-    whole = small_job(tmp_path, name="whole", engine="fsdp2")
+@pytest.mark.parametrize(("engine", "ranks"), [("fsdp2", 1), ("ddp", 4)])
+def test_another_number_of_ranks_sees_the_same_batches(
+    gloo_ranks: GlooPool, tmp_path: Path, engine: str, ranks: int
+) -> None:
+    whole = small_job(tmp_path, name="whole", engine=engine)
     prepared(whole)
     gloo_ranks(2, train_job, whole)
-    changed = small_job(tmp_path, name="changed", engine="fsdp2")
+    changed = small_job(tmp_path, name="changed", engine=engine)
     gloo_ranks(2, _train_with_signal, changed, 0, 6, signal.SIGTERM)
-    gloo_ranks(1, train_job, changed)
+    gloo_ranks(ranks, train_job, changed)
     for (step, loss, norm), (other_step, other_loss, other_norm) in zip(losses(whole), losses(changed), strict=True):
         assert step == other_step
         assert other_loss == pytest.approx(loss, rel=1e-5), step
