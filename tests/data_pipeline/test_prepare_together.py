@@ -150,7 +150,7 @@ def test_a_lock_that_fails_otherwise_is_an_error(config: DataConfig, monkeypatch
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", broken)
-    with pytest.raises(DataError, match="Input/output error: mend this, or set data.path or data.cache_directory"):
+    with pytest.raises(DataError, match=r"Input/output error: mend this, or set data\.path"):
         prepare(config)
 
 
