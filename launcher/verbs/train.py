@@ -7,10 +7,11 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher import train_result
 from launcher.errors import ConfigError
 from launcher.local_ranks import run_local_ranks
 from launcher.output import Output
@@ -54,7 +55,12 @@ def train(
             for change in changes_to_run(loaded):
                 out.say(f"changed since the last start: {change}")
         if place.joins or num_ranks == 1:
-            return _train_here(out, loaded.config, place, files)
+            try:
+                return _train_here(out, loaded.config, place, files)
+            except SystemExit:  # stopped by a signal where nothing is left to save
+                if place.rank == 0 and not place.child_of_mega:
+                    out.result(train_result.stopped_before_result(loaded.config.run_directory))
+                raise
         return _train_in_children(out, loaded.config, files, overrides or (), num_ranks)
 
 
@@ -78,8 +84,10 @@ def _train_in_children(
     )
     # Told here, once every rank has ended well: rank 0 alone cannot know.
     result = attempt / _RESULT_NAME
-    stopped_early = {"run_dir": str(config.run_directory), "finished": False}  # before rank 0 had a result
-    out.result(json.loads(result.read_text(encoding="utf-8")) if result.exists() else stopped_early)
+    if result.exists():
+        out.result(json.loads(result.read_text(encoding="utf-8")))
+    else:
+        out.result(train_result.stopped_before_result(config.run_directory))
     return code
 
 
@@ -101,25 +109,27 @@ def _train_here(out: Output, config: RunConfig, place: Place, files: list[Path])
         export_path = _finish(out, config) if result.finished else None
         if result.finished:
             _say_summary(out, result, export_path, files)
+        answer = train_result.ended(result, export_path)
         if failures := failure_file(os.environ):
             with failures.with_name(_RESULT_NAME).open("w", encoding="utf-8") as file:
-                Output(as_json=True, out=file).result(_as_object(result, export_path))
+                Output(as_json=True, out=file).result(answer)
         else:
-            out.result(_as_object(result, export_path))
+            out.result(answer)
     return 0 if result.finished else EXIT_STOPPED
 
 
 def _finish(out: Output, config: RunConfig) -> Path | None:
-    """Exports, then samples, unless an earlier start has done so with the newest checkpoint; returns the export's folder."""
+    """Exports, then samples, as far as no earlier start has done so with the newest checkpoint; returns the export's folder."""
     from launcher.finish import export, newest_is_exported, newest_is_sampled, open_trained
 
     directory = RunDirectory(config.run_directory)
-    exports = config.export.format != "none"
-    if newest_is_exported(directory, config.export) if exports else newest_is_sampled(directory):
-        return directory.export / "hf" if exports else None
+    path = None if config.export.format == "none" else directory.export / "hf"
+    export_is_due = path is not None and not newest_is_exported(directory, config.export)
+    # A stop between the two leaves an export without a sample.
+    if not export_is_due and newest_is_sampled(directory):
+        return path
     run = open_trained(directory, config)
-    path = None
-    if exports:
+    if export_is_due:
         out.say("\nexporting, and checking the export with transformers ...")
         path = export(run, config.export).path
     _say_samples(out, run)
@@ -164,21 +174,6 @@ def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, 
     out.say(f'  mega generate {root} --prompt "def main("')
     out.say(f"  mega train {given} --set train.steps={2 * result.steps}    # train on")
     out.say(f"  tensorboard --logdir {root / 'tensorboard'}")
-
-
-def _as_object(result: TrainingResult, export_path: Path | None) -> dict[str, Any]:
-    return {
-        "run_dir": str(result.run_directory),
-        "steps": result.steps,
-        "final_loss": result.final_loss,
-        "val_loss": result.val_loss,
-        "val_bits_per_byte": result.val_bits_per_byte,
-        "tokens": result.tokens,
-        "tokens_per_s": result.tokens_per_s,
-        "baselines": result.baselines,
-        "finished": result.finished,
-        "export": str(export_path) if export_path else None,
-    }
 
 
 def _say_plan(out: Output, config: RunConfig, num_ranks: int) -> int:

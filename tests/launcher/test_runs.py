@@ -159,6 +159,15 @@ def test_what_goes_wrong_around_training_costs_nothing(tiny: Path, mega_process:
     assert exported_step() == 1
     assert "--- sample, prompt 'one '" in again.err
     assert "exporting" not in mega_process(*short).err
+
+    # As after a start that was killed between its export and its sample.
+    events = _RUN / "events.jsonl"
+    events.write_text("".join(line for line in events.read_text().splitlines(True) if '"sample"' not in line))
+    sampled = mega_process(*short)
+    assert "exporting" not in sampled.err
+    assert "--- sample, prompt 'one '" in sampled.err
+    assert sampled.json["export"] == "runs/tiny/export/hf"
+    assert "sample" not in mega_process(*short).err
     assert "exporting" in mega_process(*short, "--set", "export.dtype=bf16").err
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megamodel.model.explicit_attention import ExplicitScores
+from megamodel.model.seams import ScaledDotProduct
 from megamodel.train.build import _seams, compile_blocks, compute_dtype
 from megamodel.train.config import TrainConfig
 from tests.megamodel.small import MOE, build, random_tokens, small_config
@@ -38,3 +40,20 @@ def test_compiled_equals_eager(precision: str) -> None:
     for name, grad in eager_grads.items():
         difference = (compiled_grads[name] - grad).norm() / grad.norm()
         assert difference < (1e-4 if precision == "fp32" else 0.1), name
+
+
+@pytest.mark.parametrize(
+    ("choice", "seq_len", "compiled", "expected"),
+    [
+        ("auto", 256, True, ExplicitScores),
+        ("auto", 257, True, ScaledDotProduct),
+        ("auto", 256, False, ScaledDotProduct),
+        ("sdpa", 64, True, ScaledDotProduct),
+        ("explicit", 4096, False, ExplicitScores),
+    ],
+)
+def test_the_choice_of_attention(choice: str, seq_len: int, compiled: bool, expected: type) -> None:
+    seams = _seams(TrainConfig(attention=choice), seq_len, device=torch.device("cpu"), compiled=compiled)
+    assert type(seams.attention_core) is expected
+    on_cuda = _seams(TrainConfig(attention="auto"), 64, device=torch.device("cuda"), compiled=True)
+    assert type(on_cuda.attention_core) is ScaledDotProduct
