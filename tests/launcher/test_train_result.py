@@ -1,0 +1,90 @@
+"""`mega train --json` answers with the same keys however the run ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import train_result
+from megamodel.train.job import TrainingResult
+from megamodel.train.run_directory import RunDirectory
+from parallel.checkpoint.directory import CheckpointDirectory
+
+PROMISED = {"run_dir", "steps", "final_loss", "val_loss", "tokens", "tokens_per_s"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Records of three steps, the last of which is not saved, and a checkpoint of step 2."""
+    directory = RunDirectory(tmp_path / "x")
+    for step in (1, 2, 3):
+        directory.append_metrics({"step": step, "tokens": 10 * step, "loss": 4.0 - step})
+        directory.append_metrics({"step": step, "val_loss": 5.0 - step, "val_bits_per_byte": 1.0 - step / 10})
+    checkpoints = CheckpointDirectory(directory.checkpoints)
+    checkpoints.begin(2)
+    checkpoints.commit(2, world_size=1, metadata={}, files={})
+    return directory.root
+
+
+def test_a_stop_before_any_result_tells_what_is_saved(run: Path) -> None:
+    answer = train_result.stopped_before_result(run)
+    assert answer.keys() >= PROMISED
+    assert (answer["steps"], answer["tokens"], answer["finished"]) == (2, 20, False)
+    assert (answer["final_loss"], answer["val_loss"], answer["val_bits_per_byte"]) == (2.0, 3.0, 0.8)
+
+
+def test_a_stop_before_anything_was_saved(tmp_path: Path) -> None:
+    answer = train_result.stopped_before_result(tmp_path / "x")
+    assert answer.keys() >= PROMISED
+    assert {answer[key] for key in PROMISED - {"run_dir", "steps"}} == {None}
+    assert (answer["run_dir"], answer["steps"], answer["finished"]) == (str(tmp_path / "x"), 0, False)
+
+
+def result_of(run: Path, **parts: Any) -> TrainingResult:
+    whole = {
+        "steps": 2,
+        "finished": False,
+        "final_loss": 2.5,
+        "val_loss": None,
+        "val_bits_per_byte": None,
+        "tokens": 20,
+    }
+    return TrainingResult(run_directory=run, tokens_per_s=None, baselines={}, **{**whole, **parts})
+
+
+def test_a_start_without_a_validation_tells_the_last_one(run: Path) -> None:
+    answer = train_result.ended(result_of(run), None)
+    assert answer.keys() == train_result.stopped_before_result(run).keys()
+    assert (answer["final_loss"], answer["val_loss"], answer["val_bits_per_byte"]) == (2.5, 3.0, 0.8)
+    own = train_result.ended(result_of(run, val_loss=9.0, val_bits_per_byte=8.0), Path("out"))
+    assert (own["val_loss"], own["val_bits_per_byte"], own["export"]) == (9.0, 8.0, "out")
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_stop_before_the_first_step_answers_too(tiny: Path, ranks: str) -> None:
+    """The corpus is a pipe that nobody writes to, so that the ranks wait where a test can find them."""
+    os.mkfifo("corpus/00.txt")
+    command = [sys.executable, "-m", "launcher", "train", str(tiny), "--ranks", ranks, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        watchdog = threading.Timer(120, process.kill)
+        watchdog.start()
+        for line in process.stderr:
+            if line.startswith("data: reading the corpus"):
+                process.send_signal(signal.SIGTERM)
+                break
+        process.stderr.read()
+        answer = json.loads(process.stdout.read())
+        assert process.wait(timeout=60) == 75
+        watchdog.cancel()
+    assert answer.keys() >= PROMISED
+    assert (answer["run_dir"], answer["steps"], answer["finished"]) == ("runs/tiny", 0, False)
