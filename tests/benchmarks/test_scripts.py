@@ -66,6 +66,19 @@ def test_training_loop_on_two_ranks(toy: list[str]) -> None:
     result = run_script("training_loop.py", *toy, launcher=launcher)
     assert result["ranks"] == 2
     assert result["benchmark"] == "training_loop_bare_2_ranks"
+    assert result["largest_warmup_loss_difference"] == 0.0
+
+
+def test_a_fast_loop_that_does_other_work_has_not_met_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from training_loop import is_met, largest_difference
+
+    assert is_met(1.0, 0.95, 0.0)
+    assert is_met(1.2, 1.1, None)
+    assert not is_met(0.9, 0.95, 0.0)
+    assert not is_met(1.0, 0.95, 1e-7)
+    assert largest_difference([2.0, 1.5, 9.0], [2.0, 1.0]) == 0.5
+    assert not is_met(1.0, 0.95, largest_difference([2.0], [float("nan")]))
 
 
 def test_training_loop_beside_transformers(toy: list[str], tmp_path: Path) -> None:
