@@ -1,4 +1,4 @@
-"""Every command that README and docs show is run, in their order, in a copy of the checkout's surface.
+"""Every command that README and docs show is run, in their order, in a copy of the checkout's surface; then their Python.
 
 Training is cut short by settings that the test adds; nothing else is changed. `make test` and `.ci/run` are not run: this is
 a part of them.
@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,11 @@ def commands(document: Path) -> list[str]:
     return found
 
 
+def programs(document: Path) -> list[str]:
+    """The fenced `python` blocks, each of which is a whole program."""
+    return re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+
+
 def shortened(command: str) -> str:
     """The command as the test runs it."""
     if command.startswith("make train"):
@@ -61,25 +67,20 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_there_are_documents_with_commands() -> None:
     assert any("make train" in commands(document) for document in DOCUMENTS)
     assert sum(len(commands(document)) for document in DOCUMENTS) > 20
+    assert any(programs(document) for document in DOCUMENTS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
 @pytest.mark.timeout(600)
-def test_every_command_works(checkout: Path, document: Path) -> None:
+def test_every_command_and_program_works(checkout: Path, document: Path) -> None:
     environment = {**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    for command in commands(document):
-        if command in _INSIDE_THIS:
-            continue
+    shown = [["bash", "-ec", shortened(command)] for command in commands(document) if command not in _INSIDE_THIS]
+    shown += [[sys.executable, "-c", program] for program in programs(document)]
+    for command in shown:
         done = subprocess.run(
-            ["bash", "-ec", shortened(command)],
-            cwd=checkout,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+            command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def test_every_link_leads_somewhere() -> None:
