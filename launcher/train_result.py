@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megamodel.train.job import TrainingResult
 from megamodel.train.run_directory import RunDirectory
-from parallel.checkpoint.directory import CheckpointDirectory
+
+if TYPE_CHECKING:
+    from megamodel.train.job import TrainingResult
 
 
 def ended(result: TrainingResult, export_path: Path | None) -> dict[str, Any]:
@@ -34,6 +35,8 @@ def ended(result: TrainingResult, export_path: Path | None) -> dict[str, Any]:
 
 def stopped_before_result(run_directory: Path) -> dict[str, Any]:
     """The answer of a start that a signal ended before its first rank had a result: what lies on the disk."""
+    from parallel.checkpoint.directory import CheckpointDirectory
+
     directory = RunDirectory(run_directory)
     complete = CheckpointDirectory(directory.checkpoints).list()
     steps = complete[-1].step if complete else 0
