@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.corpus import open_corpus
 from launcher import train_result
+from launcher.config import load_run_config
 from megamodel.train.job import TrainingResult
 from megamodel.train.run_directory import RunDirectory
 from parallel.checkpoint.directory import CheckpointDirectory
@@ -70,16 +72,20 @@ def test_a_start_without_a_validation_tells_the_last_one(run: Path) -> None:
 
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_a_stop_before_the_first_step_answers_too(tiny: Path, ranks: str) -> None:
-    """The corpus is a pipe that nobody writes to, so that the ranks wait where a test can find them."""
-    os.mkfifo("corpus/00.txt")
+    """The test holds the lock on the data, so that every rank waits where a test can find it."""
+    config = load_run_config([tiny]).config.data
+    lock = Path(config.cache_directory) / "fingerprints" / f"{open_corpus(config).stamp()}.lock"
+    lock.parent.mkdir(parents=True)
     command = [sys.executable, "-m", "launcher", "train", str(tiny), "--ranks", ranks, "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    held = lock.open("w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with held, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         watchdog = threading.Timer(120, process.kill)
         watchdog.start()
         for line in process.stderr:
-            if line.startswith("data: reading the corpus"):
+            if line.startswith("data: waiting for another process"):
                 process.send_signal(signal.SIGTERM)
                 break
         process.stderr.read()
