@@ -8,7 +8,8 @@ process group.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -195,7 +196,7 @@ def open_world(
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    store = _meet(environment, timedelta(seconds=rendezvous_timeout_seconds))
+    store = _hearing_signals(lambda: _meet(environment, timedelta(seconds=rendezvous_timeout_seconds)))
     try:
         store.set_timeout(timeout)
         dist.init_process_group(
@@ -241,6 +242,26 @@ def _meet(environment: RankEnvironment, timeout: timedelta) -> dist.Store:
     except (RuntimeError, ValueError) as error:
         raise _no_meeting(environment, timeout) from error
     return store
+
+
+def _hearing_signals(wait: Callable[[], T]) -> T:
+    """Calls `wait` in a thread of its own. Native code that waits for other ranks lets no signal handler of Python run in
+    its thread, and a rank must be able to stop before the others have come."""
+    outcome: list[T | BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(wait())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=work, name="rendezvous", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+    return outcome[0]
 
 
 def _no_meeting(environment: RankEnvironment, timeout: timedelta) -> ParallelError:

@@ -46,11 +46,11 @@ def smoke(out: Output) -> int:
         directory = _write_corpus_and_config(root)
         config = root / "smoke.toml"
         out.say(f"train {_STEPS_BEFORE} steps, save, sample, export")
-        train(quiet, [config], [f"train.steps={_STEPS_BEFORE}"])
+        _must_end_well("training", train(quiet, [config], [f"train.steps={_STEPS_BEFORE}"]))
         out.say(f"resume, train up to step {_STEPS}, save, sample, export")
-        train(quiet, [config])
+        _must_end_well("continuing", train(quiet, [config]))
         out.say("verify the checkpoints")
-        verify(quiet, directory.root)
+        _must_end_well("verifying the checkpoints", verify(quiet, directory.root))
         _check(directory)
         losses = [line["loss"] for line in directory.read_metrics() if "loss" in line]
     seconds = time.monotonic() - started
@@ -78,6 +78,11 @@ def _write_corpus_and_config(root: Path) -> RunDirectory:
     config = load_run_config((), settings).config
     (root / "smoke.toml").write_text(resolved_toml(config), encoding="utf-8")
     return RunDirectory(config.run_directory)
+
+
+def _must_end_well(what: str, code: int) -> None:
+    if code != 0:
+        raise RunError(f"{what} ended with {code}: the lines above say why; `mega doctor` says what this machine lacks")
 
 
 def _check(directory: RunDirectory) -> None:

@@ -223,3 +223,34 @@ def test_config_refuses_what_it_does_not_know() -> None:
 def test_config_needs_no_torch() -> None:
     program = "import sys, parallel.config, parallel.errors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+def test_a_rank_that_waits_for_the_others_still_hears_signals() -> None:
+    """A rank that has reached the meeting point, and waits there in torch's native code for an answer."""
+    script = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: os._exit(75))\n"
+        "from parallel.world import open_world\n"
+        "with open_world(device='cpu', rendezvous_timeout_seconds=120): pass\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        environment = {
+            **os.environ,
+            "RANK": "1",
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(silent.getsockname()[1]),
+        }
+        process = subprocess.Popen([sys.executable, "-c", script], env=environment)
+        try:
+            connection, _ = silent.accept()
+            with connection:
+                connection.settimeout(60)
+                connection.recv(1)  # it has said the first word, and waits for ours
+                process.terminate()
+                assert process.wait(timeout=30) == 75
+        finally:
+            process.kill()
+            process.wait(timeout=10)
