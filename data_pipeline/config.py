@@ -19,7 +19,7 @@ class TokenizerConfig(BaseModel):
     path: str | None = None
     """A `tokenizer.json`, or a folder that holds one. Left out: a byte-level BPE is trained on the training split."""
 
-    vocab_size: int = Field(default=8192, ge=MIN_VOCAB_SIZE)
+    vocab_size: int = Field(default=4096, ge=MIN_VOCAB_SIZE)
     """Size of the trained vocabulary in tokens, the separator included. Not used with `path`."""
 
     sample_bytes: int = Field(default=64 * 2**20, ge=1)

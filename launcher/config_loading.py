@@ -226,9 +226,11 @@ def _similar_choice(details: ErrorDetails) -> str:
 def _similar_file(file: Path) -> str:
     if not file.parent.is_dir():
         return f" (there is no directory {file.parent} either)"
-    names = [entry.name for entry in file.parent.iterdir() if entry.suffix == ".toml"]
-    close = difflib.get_close_matches(file.name, names, n=1, cutoff=0.5)
-    return f"; did you mean {file.parent / close[0]}?" if close else ""
+    folders = [file.parent, file.parent / "configs"]
+    found = {entry.name: entry for folder in folders if folder.is_dir() for entry in folder.glob("*.toml")}
+    found.pop("pyproject.toml", None)
+    close = difflib.get_close_matches(file.name, found, n=1, cutoff=0.5)
+    return f"; did you mean {found[close[0]]}?" if close else ""
 
 
 def _source_of(path: KeyPath, layers: _Layers) -> str:

@@ -11,6 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 
+def visible(text: str) -> str:
+    """The text with each control character but line ends and tabs replaced by a middle dot."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "·" for letter in text)
+
+
 class Output:
     """Where a verb's words go. With `as_json` standard output gets exactly one object, and all else goes to stderr.
 
@@ -25,8 +30,8 @@ class Output:
         self._has_result = False
 
     def say(self, text: str = "") -> None:
-        """One or more lines for people."""
-        self._write(self.people, text)
+        """One or more lines for people. What would steer the terminal, as a young model's samples may, is shown as a dot."""
+        self._write(self.people, visible(text))
 
     def warn(self, text: str) -> None:
         """A line about what went wrong or was changed; always on stderr."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.output import Output
+from launcher.output import Output, visible
 from launcher.verb import Overrides
 
 if TYPE_CHECKING:
@@ -65,13 +65,13 @@ def generate(
     alone = len(config.generate.prompts) == 1
 
     def stream(row: int, piece: str) -> None:
-        sys.stdout.write(piece)
+        sys.stdout.write(visible(piece))
         sys.stdout.flush()
 
     tell_passed_over(out, opened)
     streams = alone and not out.as_json
     if streams:
-        sys.stdout.write(config.generate.prompts[0])
+        sys.stdout.write(visible(config.generate.prompts[0]))
     texts = sample(opened, config.generate, on_text=stream if streams else None)
     if streams:
         out.say()

@@ -22,7 +22,12 @@ def init(out: Output, path: Target = Path("mega.toml"), overrides: Overrides = N
     from launcher.starter import STARTING_POINT, starter_toml
 
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "run"
-    starting = (f'run.name="{name}"', *STARTING_POINT, *(overrides or ()))
+    chosen = {override.partition("=")[0].strip() for override in overrides or ()}
+    # What the user has chosen is not set twice: a complaint about it would name a setting that nobody wrote.
+    defaults = (
+        setting for setting in (f'run.name="{name}"', *STARTING_POINT) if setting.partition("=")[0] not in chosen
+    )
+    starting = (*defaults, *(overrides or ()))
     loaded = load_run_config((), starting)
     text = starter_toml(loaded.config, loaded.origins.keys())
     try:

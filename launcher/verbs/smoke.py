@@ -37,7 +37,7 @@ _SETTINGS = (
 def smoke(out: Output) -> int:
     """Try everything on one device within two minutes: train a few steps, save, resume, sample, export."""
     from launcher.verbs.checkpoint import verify
-    from launcher.verbs.train import train
+    from launcher.verbs.train import run_training
 
     started = time.monotonic()
     quiet = Output(as_json=out.as_json, out=out.err, err=out.err)
@@ -46,9 +46,9 @@ def smoke(out: Output) -> int:
         directory = _write_corpus_and_config(root)
         config = root / "smoke.toml"
         out.say(f"train {_STEPS_BEFORE} steps, save, sample, export")
-        _must_end_well("training", train(quiet, [config], [f"train.steps={_STEPS_BEFORE}"]))
+        _must_end_well("training", run_training(quiet, [config], [f"train.steps={_STEPS_BEFORE}"], summary=False))
         out.say(f"resume, train up to step {_STEPS}, save, sample, export")
-        _must_end_well("continuing", train(quiet, [config]))
+        _must_end_well("continuing", run_training(quiet, [config], summary=False))
         out.say("verify the checkpoints")
         _must_end_well("verifying the checkpoints", verify(quiet, directory.root))
         _check(directory)

@@ -35,6 +35,19 @@ def train(
     out: Output, files: ConfigFiles, overrides: Overrides = None, ranks: NumRanks = None, dry_run: DryRun = False
 ) -> int:
     """Train a run, or continue it: the same command does both. Ctrl-C, SIGTERM and SIGUSR1 save, then end with 75."""
+    return run_training(out, files, overrides, ranks, dry_run)
+
+
+def run_training(
+    out: Output,
+    files: ConfigFiles,
+    overrides: Overrides = None,
+    ranks: NumRanks = None,
+    dry_run: bool = False,
+    *,
+    summary: bool = True,
+) -> int:
+    """The verb; without `summary` it does not say at the end where everything is."""
     from launcher.config import load_run_config
     from launcher.run_lock import locked_run
     from launcher.run_record import changes_to_run
@@ -56,7 +69,7 @@ def train(
                 out.say(f"changed since the last start: {change}")
         if place.joins or num_ranks == 1:
             try:
-                return _train_here(out, loaded.config, place, files)
+                return _train_here(out, loaded.config, place, summary=summary)
             except SystemExit:  # stopped by a signal where nothing is left to save
                 if place.rank == 0 and not place.child_of_mega:
                     out.result(train_result.stopped_before_result(loaded.config.run_directory))
@@ -91,7 +104,7 @@ def _train_in_children(
     return code
 
 
-def _train_here(out: Output, config: RunConfig, place: Place, files: list[Path]) -> int:
+def _train_here(out: Output, config: RunConfig, place: Place, *, summary: bool) -> int:
     """One rank: trains together with the others, then rank 0 alone exports and samples."""
     stop_before_first_step()
     # torch reads this once, when it is imported; what it warns of (such as a switch that DDP is given on purpose) is no
@@ -107,8 +120,8 @@ def _train_here(out: Output, config: RunConfig, place: Place, files: list[Path])
     result = train_run(config.training_job, console=console, on_accepted=lambda: record_config(config))
     if place.rank == 0:
         export_path = _finish(out, config) if result.finished else None
-        if result.finished:
-            _say_summary(out, result, export_path, files)
+        if result.finished and summary:
+            _say_summary(out, result, export_path, place)
         answer = train_result.ended(result, export_path)
         if failures := failure_file(os.environ):
             with failures.with_name(_RESULT_NAME).open("w", encoding="utf-8") as file:
@@ -153,9 +166,13 @@ def _say_samples(out: Output, run: TrainedRun) -> None:
         run.directory.append_event("sample", step=run.restored.step, prompt=text.prompt, text=text.text)
 
 
-def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, files: list[Path]) -> None:
-    root, given = result.run_directory, " ".join(map(str, files))
-    out.say(f"\nFinished: {result.steps:,} steps, {result.tokens:,} tokens.")
+def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, place: Place) -> None:
+    root = result.run_directory
+    ranks = f" --ranks {place.num_ranks}" if place.child_of_mega else ""
+    if result.trained:
+        out.say(f"\nFinished: {result.steps:,} steps, {result.tokens:,} tokens.")
+    else:
+        out.say(f"\nNothing to do: this run has finished its {result.steps:,} steps ({result.tokens:,} tokens).")
     if result.val_loss is not None and result.val_bits_per_byte is not None:
         out.say(f"Held-out text: {result.val_loss:.4f} nats a token, {result.val_bits_per_byte:.4f} bits per byte")
         for name, value in result.baselines.items():
@@ -172,7 +189,7 @@ def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, 
         out.say(f"  {name:14} {path}")
     out.say("What to try next:")
     out.say(f'  mega generate {root} --prompt "def main("')
-    out.say(f"  mega train {given} --set train.steps={2 * result.steps}    # train on")
+    out.say(f"  mega train {root / 'config.toml'} --set train.steps={2 * result.steps}{ranks}    # train on")
     out.say(f"  tensorboard --logdir {root / 'tensorboard'}")
 
 

@@ -33,6 +33,8 @@ class TrainingResult:
     steps: int
     finished: bool
     """False: stopped early by a signal, after saving."""
+    trained: bool
+    """False: this start found the run finished, and made no step."""
     final_loss: float | None
     val_loss: float | None
     val_bits_per_byte: float | None

@@ -32,8 +32,8 @@ from parallel.world import World, open_world
 def train(job: TrainingJob, *, console: Console, on_accepted: Callable[[], None] | None = None) -> TrainingResult:
     """Trains, or continues, the run of `job` to its end or to a stop signal. Every rank of the run calls it.
 
-    `on_accepted` is called on rank 0 once nothing speaks against training any more: the ranks agree, and the checkpoint to
-    continue from, if there is one, is of this run.
+    `on_accepted` is called on rank 0 once nothing speaks against training any more: the ranks agree, the checkpoint to
+    continue from, if there is one, is of this run, and there are steps left to do.
 
     Raises the user errors of the parts (`exit_code` says how the process should end).
     """
@@ -102,11 +102,10 @@ def _train(
             manifest_hash=prepared.manifest_hash,
         )
         progress = Progress() if found is None else checkpoints.restore(found)
-        if world.is_main:
-            on_accepted()
         if progress.step >= job.train.steps:
             return _result(job, prepared, directory, LoopResult.already_finished(progress))
         if world.is_main:
+            on_accepted()
             directory.keep_tokenizer(prepared.tokenizer_path)
             directory.forget_metrics_after(progress.step)
         _tell_start(callbacks, progress, built.notice)
@@ -251,6 +250,7 @@ def _result(job: TrainingJob, prepared: PreparedData, directory: RunDirectory, e
         run_directory=Path(job.run_directory),
         steps=ended.progress.step,
         finished=ended.progress.step >= job.train.steps,
+        trained=ended.final_loss is not None,
         final_loss=final_loss,
         val_loss=val_loss,
         val_bits_per_byte=val_bits_per_byte,

@@ -54,6 +54,7 @@ def result_of(run: Path, **parts: Any) -> TrainingResult:
     whole = {
         "steps": 2,
         "finished": False,
+        "trained": True,
         "final_loss": 2.5,
         "val_loss": None,
         "val_bits_per_byte": None,

@@ -50,8 +50,11 @@ class ProgressLine(Callback):
         speed += f" · {record.model_flops_per_s / 1e12:.2f} TFLOP/s"
         if record.mfu is not None:
             speed += f" · MFU {record.mfu:.1%}"
-        eta = _clock(self._rate.seconds * (facts.total_steps - record.step))
-        text = f"loss {record.result.loss:.4f} · {speed} · ETA {eta}"
+        text = f"loss {record.result.loss:.4f}"
+        if record.step == facts.first_step:  # it compiles and warms up: its speed says nothing of the others'
+            text += f" · first step in {record.step_time_s:.1f} s"
+        else:
+            text += f" · {speed} · ETA {_clock(self._rate.seconds * (facts.total_steps - record.step))}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=record.step, description=text)
         if record.step % self._every == 0 or record.step in (facts.first_step, facts.total_steps):

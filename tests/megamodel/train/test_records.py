@@ -19,9 +19,12 @@ from megamodel.train.build import find_compiler
 from megamodel.train.callbacks.base import RunFacts, StepRecord
 from megamodel.train.callbacks.progress import ProgressLine
 from megamodel.train.callbacks.records import load_entropy
+from megamodel.train.job import TrainingJob
 from megamodel.train.restore import restore_decoder
+from megamodel.train.run import train_in_world
 from megamodel.train.run_directory import RunDirectory
 from megamodel.train.step import StepResult
+from parallel.world import World
 from tests.gloo_pool import GlooPool, RankFailureError
 from tests.megamodel.train.jobs import prepared, small_job, step_lines, train_job, train_poisoned
 
@@ -161,3 +164,22 @@ def test_without_a_compiler_training_is_eager_with_a_notice(monkeypatch: pytest.
     assert find_compiler("cpu") is None
     with pytest.raises(TrainingError, match=r'set train\.compile = "off"'):
         build._missing_compiler("on", torch.device("cpu"))
+
+
+def test_the_first_step_tells_its_time_and_no_speed() -> None:
+    first = shown(facts(), record(step=1, step_time_s=31.0))
+    assert "step 1/20 · loss 2.5000 · first step in 31.0 s" in first
+    assert "ETA" not in first
+
+
+def test_a_start_without_steps_is_told_apart_and_not_accepted(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = small_job(tmp_path, steps=1)
+    assert [gloo_ranks(1, accepted, job)[0] for _ in range(2)] == [(True, True), (False, False)]
+
+
+def accepted(world: World, job: TrainingJob) -> tuple[bool, bool]:
+    """Whether steps were made, and whether the run was accepted as one to train."""
+    calls: list[int] = []
+    data = prepared(job)
+    result = train_in_world(job, data, world, console=Console(file=io.StringIO()), on_accepted=lambda: calls.append(1))
+    return result.trained, bool(calls)
