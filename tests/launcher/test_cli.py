@@ -190,3 +190,21 @@ def test_a_failed_check_names_the_ranks(mega: Mega, tiny: Path) -> None:
 def test_config_error_carries_its_problems() -> None:
     assert ConfigError("x").problems == ()
     assert ConfigError.exit_code == 2
+
+
+def test_init_blames_only_what_the_user_set(mega: Mega, tmp_path: Path) -> None:
+    done = mega("init", str(tmp_path / "x.toml"), "--set", "data.source=text")
+    assert done.code == 2
+    assert "data.source=stdlib" not in done.err
+    assert "needs path" in done.err
+
+
+def test_a_missing_file_is_looked_for_among_the_configurations(
+    mega: Mega, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.toml").touch()
+    (tmp_path / "pyproject.toml").touch()
+    assert "did you mean configs/quickstart.toml?" in mega("config", "check", "quickstrat.toml").err
+    assert "did you mean" not in mega("config", "check", "project.toml").err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import signal
 import subprocess
@@ -16,6 +17,9 @@ import pytest
 from data_pipeline.corpus import open_corpus
 from launcher import train_result
 from launcher.config import load_run_config
+from launcher.output import Output
+from launcher.place import Place
+from launcher.verbs.train import _say_summary
 from megamodel.train.job import TrainingResult
 from megamodel.train.run_directory import RunDirectory
 from parallel.checkpoint.directory import CheckpointDirectory
@@ -95,3 +99,22 @@ def test_a_stop_before_the_first_step_answers_too(tiny: Path, ranks: str) -> Non
         watchdog.cancel()
     assert answer.keys() >= PROMISED
     assert (answer["run_dir"], answer["steps"], answer["finished"]) == ("runs/tiny", 0, False)
+
+
+def summary_of(result: TrainingResult, *, ranks: int) -> str:
+    out = io.StringIO()
+    place = Place(rank=0, num_ranks=ranks, joins=True, child_of_mega=ranks > 1)
+    _say_summary(Output(as_json=False, out=out), result, None, place)
+    return out.getvalue()
+
+
+def test_the_command_that_trains_on_is_of_this_run_and_its_ranks(tmp_path: Path) -> None:
+    said = summary_of(result_of(tmp_path / "x", finished=True), ranks=2)
+    assert "Finished: 2 steps" in said
+    assert f"mega train {tmp_path / 'x' / 'config.toml'} --set train.steps=4 --ranks 2" in said
+    assert "--ranks" not in summary_of(result_of(tmp_path / "x", finished=True), ranks=1)
+
+
+def test_a_run_that_was_finished_before_says_so(tmp_path: Path) -> None:
+    said = summary_of(result_of(tmp_path / "x", finished=True, trained=False), ranks=1)
+    assert "Nothing to do: this run has finished its 2 steps" in said
