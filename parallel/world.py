@@ -62,11 +62,10 @@ class World:
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums `tensor` (any shape, on this rank's device) over all ranks, in place, and returns it. No backward."""
-        return self._all_reduce(tensor, dist.ReduceOp.SUM)
-
-    def all_reduce_max(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The elementwise maximum over all ranks, in place; returns `tensor`. No backward."""
-        return self._all_reduce(tensor, dist.ReduceOp.MAX)
+        if self.backend is not None:
+            with self._naming_the_lost("an all-reduce"):
+                dist.all_reduce(tensor)
+        return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's `tensor` (of one shape and dtype, on its device), stacked in the order of ranks. No backward."""
@@ -108,12 +107,6 @@ class World:
         if self.control_group is None:
             return None
         return dist.new_group(backend="gloo", timeout=self.timeout)
-
-    def _all_reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
-        if self.backend is not None:
-            with self._naming_the_lost("an all-reduce"):
-                dist.all_reduce(tensor, op=operation)
-        return tensor
 
     @contextmanager
     def _naming_the_lost(self, where: str) -> Iterator[None]:
