@@ -1,0 +1,129 @@
+"""All process groups of a run, made in one place: the ranks of a world as a grid with named axes.
+
+The grid is (pp, dp_replicate, dp_shard, cp, tp), tp the fastest: neighbours in rank talk most. Experts fold the same ranks
+otherwise: dp_shard * cp * tp = edp_shard * ep * expert_tp, expert_tp the fastest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+if TYPE_CHECKING:
+    from parallel.layout import Layout
+    from parallel.world import World
+
+DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+EXPERT_AXES = ("pp", "dp_replicate", "edp_shard", "ep", "expert_tp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """The ranks that differ from this one along one axis of the mesh (or several, flattened), this one among them.
+
+    `ranks` are world ranks, in the order of the axis; `rank` is this one's place among them. `group` is None where the
+    axis has one rank only: then no collective is needed, and none is made.
+    """
+
+    name: str
+    size: int
+    rank: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there is anybody else on this axis."""
+        return self.size > 1
+
+
+def single_axis(name: str, rank: int = 0) -> Axis:
+    """An axis of one rank."""
+    return Axis(name=name, size=1, rank=0, ranks=(rank,), group=None)
+
+
+class Mesh:
+    """The grid of one run, seen from one rank. `axis` and `device_mesh` are collectives over the ranks of that axis."""
+
+    def __init__(self, world: World, layout: Layout) -> None:
+        self.world = world
+        self.layout = layout
+        sizes = layout.axis_sizes
+        grid = torch.arange(world.world_size)
+        self._dense = grid.view([sizes[name] for name in DENSE_AXES])
+        self._expert = grid.view([sizes[name] for name in EXPERT_AXES])
+        self._axes: dict[tuple[str, ...], Axis] = {}
+        self._device_meshes: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
+
+    def axis(self, *names: str) -> Axis:
+        """The ranks that share all coordinates with this one but those of `names` (in the mesh's order)."""
+        if names not in self._axes:
+            ranks = self._neighbours(names)
+            self._axes[names] = self._make("_".join(names), ranks)
+        return self._axes[names]
+
+    def sub_axis(self, name: str, size: int) -> Axis:
+        """The `size` consecutive ranks of an axis among which this rank is; `size` divides the axis."""
+        key = (name, str(size))
+        if key not in self._axes:
+            whole = self.axis(name)
+            start = whole.rank // size * size
+            self._axes[key] = self._make(f"{name}_{size}", whole.ranks[start : start + size])
+        return self._axes[key]
+
+    def across_stages(self, stages: tuple[int, ...]) -> Axis:
+        """The ranks at this one's place in each of some pipeline coordinates. Only ranks of these may call it."""
+        key = ("pp", *map(str, stages))
+        if key not in self._axes:
+            column = self.axis("pp").ranks
+            self._axes[key] = self._make("pp_tied", tuple(column[stage] for stage in stages))
+        return self._axes[key]
+
+    def device_mesh(self, *dims: tuple[str, ...]) -> DeviceMesh:
+        """torch's view of some axes, each dim the flattening of axes: what FSDP2 wants. Every dim needs a group."""
+        if dims not in self._device_meshes:
+            axes = [self.axis(*dim) for dim in dims]
+            groups = [axis.group or self._group(f"{axis.name}_alone", axis.ranks) for axis in axes]
+            ranks = self._neighbours(tuple(name for dim in dims for name in dim))
+            shape = [axis.size for axis in axes]
+            self._device_meshes[dims] = DeviceMesh.from_group(
+                groups if len(groups) > 1 else groups[0],
+                self.world.device.type,
+                mesh=torch.tensor(ranks).view(shape),
+                mesh_dim_names=tuple(axis.name for axis in axes),
+            )
+        return self._device_meshes[dims]
+
+    def coordinate(self, name: str) -> int:
+        """This rank's place along one axis."""
+        names, grid = (DENSE_AXES, self._dense) if name in DENSE_AXES else (EXPERT_AXES, self._expert)
+        return int((grid == self.world.rank).nonzero()[0, names.index(name)])
+
+    def size(self, *names: str) -> int:
+        """Ranks along some axes together."""
+        return math.prod(self.layout.axis_sizes[name] for name in names)
+
+    def _neighbours(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        dense = all(name in DENSE_AXES for name in names)
+        order, grid = (DENSE_AXES, self._dense) if dense else (EXPERT_AXES, self._expert)
+        place = (grid == self.world.rank).nonzero()[0].tolist()
+        index = tuple(slice(None) if name in names else at for name, at in zip(order, place, strict=True))
+        return tuple(grid[index].flatten().tolist())
+
+    def _make(self, name: str, ranks: tuple[int, ...]) -> Axis:
+        group = self._group(name, ranks) if len(ranks) > 1 else None
+        return Axis(name=name, size=len(ranks), rank=ranks.index(self.world.rank), ranks=ranks, group=group)
+
+    def _group(self, name: str, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        """A group that its members alone have to ask for, so that a mesh of thousands costs each rank a few groups."""
+        return dist.new_group(
+            list(ranks),
+            timeout=self.world.timeout,
+            use_local_synchronization=True,
+            group_desc=name,
+        )
