@@ -67,7 +67,7 @@ def generate_text(
         max_new_tokens=config.max_new_tokens,
         stop_ids=stop_ids,
         usable_ids=size,
-        generator=torch.Generator(model.embedding.weight.device).manual_seed(config.seed),
+        generator=torch.Generator(model.output_weight.device).manual_seed(config.seed),
         on_token=lambda row, token: pieces[row].add(token),
     )
     return [

@@ -48,7 +48,7 @@ def generate_tokens(
     Raises ModelError where a prompt is empty, holds an id outside the vocabulary, or leaves no room for a new token.
     """
     longest = _check_prompts(model, prompts)
-    device = model.embedding.weight.device
+    device = model.output_weight.device
     tokens_BS, document_ids_BS = _pad_left(prompts, longest, device)
     steps = min(max_new_tokens, model.config.max_seq_len - longest)
     cache = PreallocatedCache(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megamodel.model.config import MoEConfig
 from megamodel.model.grouped_mm import grouped_mm
 from megamodel.model.layers import SwiGLU
-from megamodel.model.seams import TokenExchange
+from megamodel.model.seams import BesideRoutedExperts, SequenceShare, TokenExchange
 
 
 class RouterStats(NamedTuple):
@@ -25,7 +25,7 @@ class RouterStats(NamedTuple):
     entropy_sum: Tensor
     """Entropy of the routing distribution, in nats, summed over tokens."""
     balance_sum: Tensor
-    """Balance loss of each sequence times its weight, summed."""
+    """Balance loss of each sequence (of the tokens here) times its weight, summed."""
     z_sum: Tensor
     """Mean squared log-sum-exp of each sequence's logits times its weight, summed."""
 
@@ -42,9 +42,10 @@ class Router(nn.Module):
 
     balance_bias: Tensor | None
 
-    def __init__(self, d_model: int, config: MoEConfig) -> None:
+    def __init__(self, d_model: int, config: MoEConfig, sequence: SequenceShare) -> None:
         super().__init__()
         self.config = config
+        self.sequence = sequence
         self.weight = nn.Parameter(torch.empty(config.num_experts, d_model))
         # DeepSeek-V3, eq. 16: added to the affinities for choosing only, never to the gates, so no gradient reaches it.
         self.register_buffer("balance_bias", torch.empty(config.num_experts) if config.balance == "bias" else None)
@@ -69,15 +70,20 @@ class Router(nn.Module):
     def _stats(
         self, logits_BSE: Tensor, affinity_BSE: Tensor, experts_BSK: Tensor, row_weight_B: Tensor
     ) -> RouterStats:
-        """Balance loss per sequence (DeepSeek-V3, eq. 17-20): it needs no other rank, so no layout changes it."""
+        """Balance loss per sequence (DeepSeek-V3, eq. 17-20), so that neither micro batches nor ranks change it.
+
+        Of a sequence that is spread over processes each has its summand: given the load, which carries no gradient, the
+        loss is linear in the tokens' probabilities. So the load is all that is exchanged.
+        """
         batch, seq, num_experts = logits_BSE.shape
+        seq *= self.sequence.size
         counts_BE = torch.zeros(batch, num_experts, dtype=torch.int64, device=logits_BSE.device)
         chosen = experts_BSK.flatten(1)
         counts_BE = counts_BE.scatter_add(1, chosen, torch.ones_like(chosen))
         probability_BSE = affinity_BSE / affinity_BSE.sum(dim=-1, keepdim=True)
-        load_BE = counts_BE * (num_experts / (self.config.top_k * seq))
-        balance_B = (load_BE * probability_BSE.mean(dim=1)).sum(dim=-1)
-        z_B = logits_BSE.logsumexp(dim=-1).square().mean(dim=1)
+        load_BE = self.sequence.sum(counts_BE) * (num_experts / (self.config.top_k * seq))
+        balance_B = (load_BE * (probability_BSE.sum(dim=1) / seq)).sum(dim=-1)
+        z_B = logits_BSE.logsumexp(dim=-1).square().sum(dim=1) / seq
         entropy = -(probability_BSE * probability_BSE.clamp_min(1e-20).log()).sum()
         return RouterStats(
             counts_E=counts_BE.sum(dim=0),
@@ -152,16 +158,29 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Router, routed experts and, where configured, one SwiGLU that every token passes besides."""
 
-    def __init__(self, d_model: int, config: MoEConfig, exchange: TokenExchange) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        config: MoEConfig,
+        exchange: TokenExchange,
+        sequence: SequenceShare,
+        beside: BesideRoutedExperts,
+    ) -> None:
         super().__init__()
-        self.router = Router(d_model, config)
+        self.router = Router(d_model, config, sequence)
         self.experts = Experts(d_model, config, exchange)
+        self.beside = beside
         self.shared = SwiGLU(d_model, config.num_shared_experts * config.d_ff) if config.num_shared_experts else None
 
     def forward(self, x_BSD: Tensor, row_weight_B: Tensor | None) -> tuple[Tensor, RouterStats | None]:
         """(B, S, D) -> (B, S, D), and the router's statistics where weights of the sequences are given."""
         routing, stats = self.router(x_BSD, row_weight_B)
-        y_BSD = self.experts(x_BSD.flatten(0, 1), routing).view_as(x_BSD)
-        if self.shared is not None:
-            y_BSD = y_BSD + self.shared(x_BSD)
+        shared = None if self.shared is None else self.beside.run(self.shared, x_BSD)
+        y_BSD = self.routed(x_BSD, routing)
+        if shared is not None:
+            y_BSD = y_BSD + self.beside.join(shared)
         return y_BSD, stats
+
+    def routed(self, x_BSD: Tensor, routing: Routing) -> Tensor:
+        """The routed experts alone: (B, S, D) -> (B, S, D)."""
+        return self.experts(x_BSD.flatten(0, 1), routing).view_as(x_BSD)

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(start: int, length: int, dim: int, theta: float, device: torch.device) -> Tensor:
-    """Angles' cosines and sines for positions start .. start + length: (2, length, dim / 2), float32."""
-    positions = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    frequencies = theta ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
-    angles = torch.outer(positions, frequencies)
+def rotary_table(positions_S: Tensor, dim: int, theta: float) -> Tensor:
+    """Angles' cosines and sines for each position: (2, S, dim / 2), float32."""
+    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions_S.device, dtype=torch.float32) / dim)
+    angles = torch.outer(positions_S.float(), frequencies)
     return torch.stack((angles.cos(), angles.sin()))
 
 

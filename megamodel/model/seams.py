@@ -6,6 +6,7 @@ T tokens (B * S), R routed rows (T * top_k), E experts, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,31 @@ class TokenExchange(Protocol):
 
     def combine(self, y_RD: Tensor, handle: Any) -> Tensor:
         """Results in the order in which `dispatch` was given the rows."""
+        ...
+
+
+class SequenceShare(Protocol):
+    """The processes that hold other tokens of the same sequences, where a sequence is spread over several."""
+
+    @property
+    def size(self) -> int:
+        """Among how many processes each sequence is spread, in equal parts."""
+        ...
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Adds up counts (no gradient) over them."""
+        ...
+
+
+class BesideRoutedExperts(Protocol):
+    """Runs a computation that may overlap the routed experts' communication."""
+
+    def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+        """Starts `function(x)`; returns a handle."""
+        ...
+
+    def join(self, handle: Any) -> Tensor:
+        """The result, once what follows may use it."""
         ...
 
 
@@ -96,3 +122,25 @@ class LocalExchange:
     def combine(self, y_RD: Tensor, handle: None) -> Tensor:
         """The rows as given."""
         return y_RD
+
+
+class WholeSequences:
+    """`SequenceShare` of a process that holds every token of its sequences."""
+
+    size = 1
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """The counts as given."""
+        return counts
+
+
+class InOrder:
+    """`BesideRoutedExperts` that runs the computation at once, where it stands."""
+
+    def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """`function(x)`."""
+        return function(x)
+
+    def join(self, handle: Tensor) -> Tensor:
+        """The result."""
+        return handle

@@ -106,7 +106,7 @@ def find_compiler(device_type: str) -> str | None:
 
 def compile_blocks(decoder: Decoder) -> None:
     """Compiles each block's forward in place: names stay, and blocks of a kind share one compilation."""
-    for block in decoder.layers:
+    for block in decoder.layers.values():
         # The forward, not the module: FSDP2's hooks around it must stay outside the compiled region.
         block.forward = torch.compile(block.forward, dynamic=False)
 

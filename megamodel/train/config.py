@@ -71,6 +71,20 @@ class CheckpointConfig(BaseModel):
     """Write in the background while training goes on."""
 
 
+class ActivationMemoryConfig(BaseModel):
+    """What a block keeps of its forward pass for the backward; less memory costs recomputation or copying."""
+
+    model_config = _SECTION
+
+    mode: Literal["none", "selective", "full", "offload"] = "none"
+    """`none` keeps everything; `selective` keeps the results of the operations in `save` and recomputes the rest; `full`
+    keeps a block's input alone and recomputes the block; `offload` keeps everything in the host's memory."""
+    every_n_layers: int = Field(default=1, gt=0)
+    """Only each n-th block of the model is treated so, from the first one on; the others keep everything."""
+    save: tuple[Literal["matmul", "attention", "collective"], ...] = ("matmul", "attention", "collective")
+    """`selective` only: operations whose results are kept. `collective` means that no communication is repeated."""
+
+
 class LogConfig(BaseModel):
     """What the run records about itself."""
 
@@ -112,6 +126,8 @@ class TrainConfig(BaseModel):
     """Validation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    activation_memory: ActivationMemoryConfig = Field(default_factory=ActivationMemoryConfig)
+    """Memory of activations."""
     log: LogConfig = Field(default_factory=LogConfig)
     """Records."""
 

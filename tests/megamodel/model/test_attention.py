@@ -125,7 +125,7 @@ def test_rotation_depends_on_distance_only() -> None:
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def score(at_query: int, at_key: int) -> Tensor:
-        table_q, table_k = (rotary_table(at, 1, 16, 10_000.0, CPU) for at in (at_query, at_key))
+        table_q, table_k = (rotary_table(torch.tensor([at]), 16, 10_000.0) for at in (at_query, at_key))
         return (rotate(q, table_q) * rotate(k, table_k)).sum()
 
     torch.testing.assert_close(score(9, 4), score(105, 100), rtol=1e-4, atol=1e-5)
@@ -134,7 +134,7 @@ def test_rotation_depends_on_distance_only() -> None:
 
 def test_rotation_by_its_formula() -> None:
     x = torch.randn(1, 1, 3, 4)
-    table = rotary_table(5, 3, 4, 100.0, CPU)
+    table = rotary_table(torch.arange(5, 8), 4, 100.0)
     assert table.shape == (2, 3, 2)
     found = rotate(x, table)
     for position in range(3):
@@ -149,7 +149,7 @@ def test_rotation_by_its_formula() -> None:
 
 def test_latent_attention_shapes() -> None:
     config = small_config(mla=MLA)
-    attention = build(config).layers[0].attention
+    attention = build(config).layers["0"].attention
     shapes = {name: tuple(parameter.shape) for name, parameter in attention.named_parameters()}
     assert shapes == {
         "q_down.weight": (12, 32),
@@ -165,8 +165,8 @@ def test_latent_attention_shapes() -> None:
 def test_latent_attention_by_its_formula() -> None:
     """DeepSeek-V2, eq. 9-19, head by head."""
     config = small_config(mla=MLA)
-    attention: Any = build(config).layers[0].attention
-    x_SD, table = torch.randn(5, 32), rotary_table(0, 5, 4, config.rope_theta, CPU)
+    attention: Any = build(config).layers["0"].attention
+    x_SD, table = torch.randn(5, 32), rotary_table(torch.arange(5), 4, config.rope_theta)
     found = attention(x_SD[None], table, None)[0]
 
     q_S = attention.q_latent_norm(x_SD @ attention.q_down.weight.t()) @ attention.q_up.weight.t()

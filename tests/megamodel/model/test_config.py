@@ -29,8 +29,8 @@ def test_layer_rule(rule: dict[str, int], layers: list[int]) -> None:
     assert [layer for layer in range(6) if config.is_moe_layer(layer)] == layers
     assert config.num_moe_layers == len(layers)
     decoder = build(config)
-    assert [layer for layer, block in enumerate(decoder.layers) if block.moe is not None] == layers
-    assert all((block.moe is None) != (block.mlp is None) for block in decoder.layers)
+    assert [layer for layer, block in enumerate(decoder.layers.values()) if block.moe is not None] == layers
+    assert all((block.moe is None) != (block.mlp is None) for block in decoder.layers.values())
 
 
 def test_no_moe_means_no_moe_layer() -> None:

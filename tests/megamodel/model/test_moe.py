@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megamodel.model.config import MoEConfig
 from megamodel.model.moe import Experts, MoE, Routing
-from megamodel.model.seams import LocalExchange
+from megamodel.model.seams import InOrder, LocalExchange, WholeSequences
 
 D_MODEL, NUM_EXPERTS, D_FF, TOKENS = 8, 5, 16, 17
 
@@ -80,7 +80,7 @@ def test_no_token_is_dropped_when_all_choose_one_expert() -> None:
 def test_shared_experts_are_added_to_every_token() -> None:
     torch.manual_seed(0)
     config = MoEConfig(num_experts=4, top_k=2, d_ff=D_FF, num_shared_experts=3)
-    moe = MoE(D_MODEL, config, LocalExchange())
+    moe = MoE(D_MODEL, config, LocalExchange(), WholeSequences(), InOrder())
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter)
     x_BSD = torch.randn(2, 3, D_MODEL)
@@ -93,7 +93,7 @@ def test_shared_experts_are_added_to_every_token() -> None:
 
 def test_gradient_reaches_the_router_through_the_gates() -> None:
     torch.manual_seed(0)
-    moe = MoE(D_MODEL, MoEConfig(num_experts=4, top_k=2, d_ff=D_FF), LocalExchange())
+    moe = MoE(D_MODEL, MoEConfig(num_experts=4, top_k=2, d_ff=D_FF), LocalExchange(), WholeSequences(), InOrder())
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter)
     x_BSD = torch.randn(2, 3, D_MODEL)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megamodel.model.config import MoEConfig
 from megamodel.model.moe import Router
+from megamodel.model.seams import WholeSequences
 from tests.megamodel.small import MOE, build, random_tokens, small_config
 
 D_MODEL, NUM_EXPERTS, BATCH, SEQ = 8, 6, 2, 5
@@ -18,7 +19,7 @@ D_MODEL, NUM_EXPERTS, BATCH, SEQ = 8, 6, 2, 5
 def _router(**fields: Any) -> Router:
     config = MoEConfig(**{"num_experts": NUM_EXPERTS, "top_k": 2, "d_ff": 4, **fields})
     torch.manual_seed(0)
-    router = Router(D_MODEL, config)
+    router = Router(D_MODEL, config, WholeSequences())
     torch.nn.init.normal_(router.weight)
     if router.balance_bias is not None:
         router.balance_bias.zero_()
@@ -137,7 +138,7 @@ def test_update_of_the_balance_bias() -> None:
     decoder = build(config)
     decoder.update_balance_bias(torch.tensor([[8, 4, 0, 4], [1, 1, 1, 1]]))
     decoder.update_balance_bias(torch.tensor([[8, 0, 4, 4], [1, 1, 1, 1]]))
-    biases = [block.moe.router.balance_bias.tolist() for block in decoder.layers]
+    biases = [block.moe.router.balance_bias.tolist() for block in decoder.layers.values()]
     assert biases == [[-0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 0.0, 0.0]]
 
 

@@ -239,7 +239,7 @@ def rotary_dtype(world: World) -> torch.dtype:
     train = TrainConfig(precision="bf16", compile="off")
     built = build_model(CONFIG, train, ParallelConfig(data_engine="fsdp2"), world=world, seed=3, seq_len=SEQ)
     seen: list[torch.dtype] = []
-    attention = built.decoder.layers[0].attention
+    attention = built.decoder.layers["0"].attention
     attention.register_forward_pre_hook(lambda module, args: seen.append(args[1].dtype))
     built.data_parallel.module(global_batch(0).tokens_BS)
     return seen[0]
