@@ -25,7 +25,7 @@ from reporting import add_output_options, report
 from torch import nn
 
 from parallel.checkpoint.store import CheckpointStore
-from parallel.checkpoint.training_state import training_state
+from parallel.checkpoint.training_state import model_tensors, training_state
 from parallel.config import ParallelConfig
 from parallel.data_parallel import DataParallel, wrap
 from parallel.world import World, open_world
@@ -59,7 +59,7 @@ class Training:
         return time.perf_counter() - start
 
     def state(self) -> dict[str, Any]:
-        return training_state(self.parallel.model, [self.optimizer])
+        return training_state(model_tensors([self.parallel.model], {}), [self.optimizer])
 
 
 def measure(world: World, training: Training, repeats: int) -> dict[str, Any]:

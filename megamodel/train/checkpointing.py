@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from megamodel.errors import TrainingError
 from megamodel.train.build import BuiltModel
@@ -15,7 +17,8 @@ from megamodel.train.job import TrainingJob
 from megamodel.train.optimizer import Optimizers
 from parallel.checkpoint.directory import CheckpointInfo
 from parallel.checkpoint.store import CheckpointStore, SaveHandle
-from parallel.checkpoint.training_state import load_training_state, training_state
+from parallel.checkpoint.training_state import ModelTensor, load_training_state, model_tensors, training_state
+from parallel.placement import Placement
 from parallel.world import World
 
 
@@ -46,7 +49,8 @@ class RunCheckpoints:
     ) -> None:
         self._store = store
         self._world = world
-        self._model = built.decoder
+        self._modules: Sequence[nn.Module] = [built.decoder]
+        self._placements: Mapping[str, Placement] = {}
         self._optimizers = optimizers.members
         self._identity = identity(job, manifest_hash)
         self._model_config = job.model.model_dump(mode="json")
@@ -54,7 +58,7 @@ class RunCheckpoints:
     def save(self, progress: Progress, *, record: dict[str, Any], asynchronous: bool) -> SaveHandle:
         """A collective. `record` (JSON) tells whoever reads the manifest how the run stood."""
         state = {
-            **training_state(self._model, self._optimizers),
+            **training_state(self._tensors(), self._optimizers),
             "per_rank": {f"rank_{self._world.rank}": {"random": _random_state()}},
         }
         metadata = {
@@ -74,11 +78,14 @@ class RunCheckpoints:
         self._refuse_another_run(info)
         rank_key = f"rank_{self._world.rank}"
         others = {"per_rank": {rank_key: {"random": _random_state()}}}
-        loaded = load_training_state(self._store, info, self._model, self._optimizers, others=others)
+        loaded = load_training_state(self._store, info, self._tensors(), self._optimizers, others=others)
         # Other ranks than at the save: each goes on with a random state of its own.
         if not loaded.missing:
             _restore_random_state(RandomState(*loaded.state["per_rank"][rank_key]["random"]))
         return Progress(**info.manifest.metadata["progress"])
+
+    def _tensors(self) -> dict[str, ModelTensor]:
+        return model_tensors(self._modules, self._placements)
 
     def _refuse_another_run(self, info: CheckpointInfo) -> None:
         saved = info.manifest.metadata["identity"]

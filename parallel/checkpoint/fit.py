@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel.checkpoint.staging import FlatState
+from parallel.checkpoint.pieces import FlatState
+from parallel.placement import Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,13 +20,13 @@ class SavedTensor:
 
 
 def differences(wanted: FlatState, saved: Mapping[str, SavedTensor | None]) -> list[str]:
-    """Where the entries asked for are not those of a checkpoint."""
+    """Where the entries asked for (pieces and objects) are not those of a checkpoint: a piece by its whole shape."""
     lacking = sorted(key for key in wanted if key not in saved)
     problems = [f"it lacks {some_of(lacking)}"] if lacking else []
     for key, value in wanted.items():
         if key not in saved:
             continue
-        here = SavedTensor(shape=value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else None
+        here = SavedTensor(shape=value.shape, dtype=value.local.dtype) if isinstance(value, Piece) else None
         if here != saved[key]:
             problems.append(f"{key} is {_describe(saved[key])} there and {_describe(here)} here")
     return problems if len(problems) <= 4 else [*problems[:3], f"and {len(problems) - 3} more differences"]

@@ -1,84 +1,20 @@
-"""What one rank writes of a checkpoint, and a copy of it that training no longer touches.
+"""A copy of what one rank writes of a checkpoint, which training no longer touches.
 
-Training is held up only by this copy, so it is kept small and cheap: a tensor that several ranks hold whole (every
-one under DDP) is copied and written by one of them alone, and the buffers in CPU memory are used again at each save.
+Training is held up only by this copy, so it is kept small and cheap: what several ranks hold is copied by the one alone
+that writes it (see `shares`), and the buffers in CPU memory are used again at each save.
 """
 
 from __future__ import annotations
 
 import copy
-import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from parallel.world import World
-
-FlatState = dict[str, Any]
-_ENVELOPE_BYTES = 1500
-"""About what each entry costs in a file beyond its own bytes. So small entries are shared out evenly too."""
-
-
-def flatten(state: Mapping[str, Any]) -> FlatState:
-    """Nested mappings as one dict; keys are joined by dots, leaves (all that is no mapping) stay as they are."""
-    flat: FlatState = {}
-
-    def visit(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                visit(f"{prefix}.{key}" if prefix else str(key), inner)
-        elif prefix in flat:
-            raise ValueError(f"two entries of the state are called {prefix!r}")
-        else:
-            flat[prefix] = value
-
-    visit("", state)
-    return flat
-
-
-class WriteShares:
-    """Decides, alike on all ranks, which of them writes an entry that more than one holds."""
-
-    def __init__(self) -> None:
-        self._signature: int | None = None
-        self._mine: frozenset[str] = frozenset()
-
-    def mine(self, state: FlatState, world: World) -> FlatState:
-        """This rank's share: its own shards of sharded tensors, and about 1/N of what all N ranks hold whole.
-
-        A collective over the world. Keys are exchanged only when some rank's differ from those at the last save.
-        """
-        whole = {key: _num_bytes(value) for key, value in state.items() if not isinstance(value, DTensor)}
-        signature = zlib.crc32(repr(sorted(whole.items())).encode())
-        changed = any(world.all_gather_object(signature != self._signature))
-        if changed:
-            self._mine = frozenset(assign_writers(world.all_gather_object(whole))[world.rank])
-            self._signature = signature
-        return {key: value for key, value in state.items() if key in self._mine or isinstance(value, DTensor)}
-
-
-def assign_writers(held: list[dict[str, int]]) -> list[set[str]]:
-    """For each rank the keys that it writes. `held[rank]` has the size in bytes of each entry that the rank holds.
-
-    Each key gets one writer among its holders: the largest entries first, each to the least burdened.
-    """
-    holders: dict[str, list[int]] = {}
-    for rank, keys in enumerate(held):
-        for key in keys:
-            holders.setdefault(key, []).append(rank)
-    burden = [0] * len(held)
-    shares: list[set[str]] = [set() for _ in held]
-    for key, ranks in sorted(holders.items(), key=lambda entry: (-held[entry[1][0]][entry[0]], entry[0])):
-        writer = min(ranks, key=lambda rank: (burden[rank], rank))
-        burden[writer] += held[writer][key] + _ENVELOPE_BYTES
-        shares[writer].add(key)
-    return shares
-
+from parallel.checkpoint.pieces import FlatState
+from parallel.placement import Piece
 
 Moment = dict[torch.device, torch.cuda.Event]
 """A point in the work of each GPU that holds some of a state: see `moment_of`."""
@@ -89,7 +25,7 @@ def moment_of(state: FlatState) -> Moment:
 
     For the thread that does the asking; work that it asks for afterwards does not count. Empty without GPUs.
     """
-    devices = {local_part(value).device for value in state.values() if isinstance(value, torch.Tensor)}
+    devices = {value.local.device for value in state.values() if isinstance(value, Piece)}
     return {device: torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"}
 
 
@@ -102,7 +38,7 @@ class StagingBuffers:
 
     @torch.no_grad()
     def copy(self, state: FlatState, moment: Moment) -> FlatState:
-        """`state` with every tensor replaced by a plain CPU copy of its local part; other leaves are deep-copied.
+        """`state` with every piece replaced by a plain CPU copy of its local tensor; objects are deep-copied.
 
         Copies from a GPU start at `moment` (which has all GPUs that `state` is on), and run on a stream of their own,
         beside whatever the GPU does after it. Nothing may write to `state` before this returns, once the copy is
@@ -111,10 +47,10 @@ class StagingBuffers:
         staged: FlatState = {}
         on_gpu: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for key, value in state.items():
-            if not isinstance(value, torch.Tensor):
+            if not isinstance(value, Piece):
                 staged[key] = copy.deepcopy(value)
                 continue
-            local = local_part(value)
+            local = value.local
             staged[key] = self._buffer(key, local)
             if local.is_cuda:
                 on_gpu.setdefault(local.device, []).append((staged[key], local))
@@ -158,25 +94,10 @@ def changed_only_by(optimizers: Sequence[Optimizer], state: FlatState) -> set[st
     return {
         key
         for key, value in state.items()
-        if isinstance(value, torch.Tensor) and local_part(value).untyped_storage().data_ptr() in owned
+        if isinstance(value, Piece) and value.local.untyped_storage().data_ptr() in owned
     }
-
-
-class StagedPlanner(DefaultSavePlanner):
-    """Plans by the live state (its shapes and shards, which never change) and takes the bytes from its staged copy."""
-
-    def __init__(self, staged: FlatState) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._staged = staged
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._staged[index.fqn]
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's shard of a DTensor; a plain tensor itself. Detached."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _num_bytes(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

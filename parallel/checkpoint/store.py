@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,13 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
+from parallel.checkpoint import transfer
 from parallel.checkpoint.agreement import on_every_rank, on_main
 from parallel.checkpoint.directory import (
     CheckpointDirectory,
@@ -39,18 +34,11 @@ from parallel.checkpoint.directory import (
     record_file,
 )
 from parallel.checkpoint.fit import SavedTensor, differences, some_of
-from parallel.checkpoint.staging import (
-    FlatState,
-    Moment,
-    StagedPlanner,
-    StagingBuffers,
-    WriteShares,
-    changed_only_by,
-    flatten,
-    local_part,
-    moment_of,
-)
+from parallel.checkpoint.pieces import FlatState, flatten, in_pieces, nested_like
+from parallel.checkpoint.shares import WriteShares
+from parallel.checkpoint.staging import Moment, StagingBuffers, changed_only_by, moment_of
 from parallel.errors import CheckpointError, CorruptCheckpointError
+from parallel.placement import Piece
 from parallel.world import World
 
 _log = logging.getLogger(__name__)
@@ -122,7 +110,7 @@ class SaveHandle:
         except CheckpointError as error:
             self._error = error
         except BaseException as error:  # DCP's own is a BaseException; and nobody stands above a thread
-            self._error = CheckpointError(f"a checkpoint was not saved: {_root_cause(error)}")
+            self._error = CheckpointError(f"a checkpoint was not saved: {transfer.root_cause(error)}")
             self._error.__cause__ = error
         finally:
             self._staged.set()
@@ -174,15 +162,15 @@ class CheckpointStore:
     ) -> SaveHandle:
         """Saves `state` as the checkpoint of `step`, after any save still under way (whose error it raises).
 
-        `state`: nested mappings of tensors, DTensors and picklable objects. What several ranks hold under one name
-        must be equal on all of them; what differs belongs below `per_rank`, under names that differ. `metadata`
+        `state`: nested mappings of tensors, DTensors, pieces and picklable objects. What several ranks hold of one
+        name must be equal where it overlaps; what differs belongs below `per_rank`, under names that differ. `metadata`
         (JSON) goes into the manifest. A synchronous save raises its own error here, an asynchronous one at the next
         `poll`, `wait` or `save`. Until that one is done `state` may change, but not its shapes.
         """
         handle = SaveHandle()
         with handle._stalling():
             self.wait()
-            shares = self._shares.mine(flatten(state), self._world)
+            shares = self._shares.mine(in_pieces(flatten(state)), self._world)
             if asynchronous:
                 late = changed_only_by(self._overlapped, shares)
                 moment = moment_of(shares)
@@ -193,8 +181,8 @@ class CheckpointStore:
                     lambda: self._stage_and_write(handle, step, shares, staged, late, moment, metadata),
                 )
             else:
-                whole = {key: local_part(v) if isinstance(v, torch.Tensor) else v for key, v in shares.items()}
-                handle._run(lambda: self._write(step, shares, whole, metadata))
+                live = {key: value.local if isinstance(value, Piece) else value for key, value in shares.items()}
+                handle._run(lambda: self._write(step, shares, live, metadata))
                 handle.wait()
         return handle
 
@@ -259,22 +247,17 @@ class CheckpointStore:
 
     def contents(self, info: CheckpointInfo) -> dict[str, SavedTensor | None]:
         """The name of every entry in a checkpoint, with its shape and type, or None for an object. No collective."""
-        return {
-            key: SavedTensor(shape=entry.size, dtype=entry.properties.dtype)
-            if isinstance(entry, TensorStorageMetadata)
-            else None
-            for key, entry in dcp.FileSystemReader(info.path).read_metadata().state_dict_metadata.items()
-        }
+        return transfer.contents(info.path)
 
     def load(self, info: CheckpointInfo, state: Mapping[str, Any]) -> LoadedState:
-        """Fills the tensors of `state` in place from the checkpoint, on any number of ranks and any sharding.
+        """Fills the tensors and pieces of `state` in place from the checkpoint, on any number of ranks and any layout.
 
         Objects are returned, not changed in place. Names, shapes and types must agree exactly with what was saved,
         over all ranks together, or `CheckpointError` says what does not. Only entries below `per_rank` may be
         missing, since another number of ranks has others. The files are not verified here: `latest` does that.
         """
         self.wait()
-        flat = flatten(state)
+        flat = in_pieces(flatten(state))
         saved = self.contents(info)
         missing = tuple(key for key in flat if key not in saved and key.startswith(PER_RANK))
         wanted = {key: value for key, value in flat.items() if key not in missing}
@@ -291,18 +274,8 @@ class CheckpointStore:
                 f"checkpoint {info.path} does not fit this run: {'; '.join(problems)}. "
                 "Continue with the configuration that it was saved with, or start a run of another name"
             )
-        _quiet_single_process()
-        try:
-            dcp.load(
-                wanted,
-                storage_reader=dcp.FileSystemReader(info.path),
-                planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-                process_group=self._world.control_group,
-                no_dist=self._world.control_group is None,
-            )
-        except CheckpointException as error:
-            raise CheckpointError(f"checkpoint {info.path} cannot be loaded: {_root_cause(error)}") from error
-        return LoadedState(state=_nested_like(state, wanted), missing=missing)
+        objects = transfer.read(info.path, wanted, self._world)
+        return LoadedState(state=nested_like(state, objects), missing=missing)
 
     def _stage_and_write(
         self,
@@ -322,14 +295,7 @@ class CheckpointStore:
         """Writes, hashes and commits one checkpoint. Runs on every rank at once; all succeed, or all raise."""
         world = self._world
         target = on_main(world, partial(self.directory.begin, step))
-        _quiet_single_process()
-        dcp.save(
-            shares,
-            storage_writer=dcp.FileSystemWriter(target, sync_files=True),
-            planner=StagedPlanner(staged),
-            process_group=world.control_group,
-            no_dist=world.control_group is None,
-        )
+        transfer.write(target, shares, staged, world)
         files: dict[str, FileRecord] = {}
         for record in on_every_rank(world, lambda: _record_own_files(target, world.rank)):
             files |= record
@@ -375,26 +341,3 @@ def _record_own_files(directory: Path, rank: int) -> dict[str, FileRecord]:
     """Reads back and records the files that this rank has written. Rank 0 wrote the metadata too."""
     own = [*directory.glob(f"__{rank}_*.distcp"), *([directory / ".metadata"] if rank == 0 else [])]
     return {path.name: record_file(path) for path in own}
-
-
-def _nested_like(state: Mapping[str, Any], flat: FlatState, prefix: str = "") -> dict[str, Any]:
-    """The nesting of `state` with the values of `flat`, and its own where `flat` has none."""
-    nested: dict[str, Any] = {}
-    for key, value in state.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        nested[key] = _nested_like(value, flat, name) if isinstance(value, Mapping) else flat.get(name, value)
-    return nested
-
-
-def _root_cause(error: BaseException) -> str:
-    """One line. DCP collects the errors of all ranks into one of its own; the first of them says enough."""
-    if isinstance(error, CheckpointException) and error.failures:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        return f"rank {rank}: {type(cause).__name__}: {cause}"
-    return f"{type(error).__name__}: {error}"
-
-
-def _quiet_single_process() -> None:
-    """DCP warns whenever there is no process group, and when ranks load different keys; here both are by design."""
-    for message in ("torch.distributed is disabled", "Detected mismatched keys"):
-        warnings.filterwarnings("ignore", message=message)

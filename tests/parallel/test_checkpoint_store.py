@@ -15,7 +15,7 @@ from parallel.checkpoint import directory as directory_module
 from parallel.checkpoint import store as store_module
 from parallel.checkpoint.directory import CheckpointDirectory, CorruptCheckpoint
 from parallel.checkpoint.store import CheckpointStore
-from parallel.checkpoint.training_state import load_training_state, training_state
+from parallel.checkpoint.training_state import load_training_state, model_tensors, training_state
 from parallel.errors import CheckpointError, CorruptCheckpointError
 from parallel.world import World
 from tests.gloo_pool import GlooPool, RankFailureError
@@ -33,7 +33,7 @@ def save_in_the_middle(world: World, root: Path, engine: Any, asynchronous: bool
     train(world, parallel, optimizers, range(3))
     with CheckpointStore(root, world) as store:
         store.overlap_with(optimizers)
-        state = training_state(parallel.model, optimizers)
+        state = training_state(model_tensors([parallel.model], {}), optimizers)
         state["per_rank"] = {f"rank-{world.rank}": {"rng": torch.full((3,), world.rank)}}
         state["note"] = ["plain", 1]
         store.save(3, state, metadata={"samples": 36}, asynchronous=asynchronous)
@@ -50,7 +50,7 @@ def resume(world: World, root: Path, engine: Any) -> tuple[Record, Any]:
         loaded = load_training_state(
             store,
             info,
-            parallel.model,
+            model_tensors([parallel.model], {}),
             optimizers,
             others={"note": None, "per_rank": {f"rank-{world.rank}": {"rng": torch.full((3,), -1)}}},
         )
