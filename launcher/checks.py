@@ -11,39 +11,39 @@ from megamodel.convert.config import ExportConfig
 from megamodel.convert.hf_config import export_problems
 from megamodel.model.config import ModelConfig
 from megamodel.train.config import TrainConfig
+from megamodel.train.layout import layout_demands
+from parallel.config import ParallelConfig
+from parallel.layout_check import layout_problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunLayout:
     """What the checks look at."""
 
-    num_ranks: int
+    num_ranks: int | None
+    """None: it does not matter here how the run is laid out."""
+    device: str
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    parallel: ParallelConfig
     export: ExportConfig
 
 
 def cross_checks(layout: RunLayout) -> Iterator[Complaint]:
     """Everything that does not fit together."""
-    yield from _batch_fits_ranks(layout)
+    yield from _layout_is_possible(layout)
     yield from _rows_fit_model(layout)
     yield from _vocabulary_fits_model(layout)
     yield from _model_can_be_exported(layout)
 
 
-def _batch_fits_ranks(layout: RunLayout) -> Iterator[Complaint]:
-    batch, micro, ranks = layout.train.global_batch_size, layout.train.micro_batch_size, layout.num_ranks
-    keys = ("train.global_batch_size", "train.micro_batch_size")
-    unit = ranks * (micro or 1)
-    if micro is not None and batch % micro:
-        return  # the section has said so
-    if batch % unit:
-        share = f"{ranks} ranks" if micro is None else f"{ranks} ranks of {micro} samples (train.micro_batch_size)"
-        mend = f"use a multiple of {unit}, for example {max(1, round(batch / unit)) * unit}, or other ranks (--ranks)"
-        yield Complaint(
-            keys=keys, message=f"train.global_batch_size = {batch}: cannot be shared by {share} evenly; {mend}"
-        )
+def _layout_is_possible(layout: RunLayout) -> Iterator[Complaint]:
+    if layout.num_ranks is None:
+        return
+    demands = layout_demands(layout.model, layout.train, seq_len=layout.data.seq_len, device=layout.device)
+    for problem in layout_problems(layout.parallel, demands, layout.num_ranks):
+        yield Complaint(keys=problem.keys, message=problem.message)
 
 
 def _rows_fit_model(layout: RunLayout) -> Iterator[Complaint]:

@@ -82,9 +82,10 @@ class RunConfig(BaseModel):
 
 
 def load_run_config(
-    files: Sequence[Path], overrides: Sequence[str] = (), *, num_ranks: int = 1
+    files: Sequence[Path], overrides: Sequence[str] = (), *, num_ranks: int | None = None
 ) -> LoadedConfig[RunConfig]:
-    """The configuration of a run from TOML `files` and `--set` arguments, for a world of `num_ranks` ranks.
+    """The configuration of a run from TOML `files` and `--set` arguments, for a world of `num_ranks` ranks; None: for
+    reading only, on as many ranks as may be, so that the layout is not checked.
 
     Raises ConfigError with every problem, those between sections included.
     """
@@ -93,9 +94,11 @@ def load_run_config(
         return cross_checks(
             RunLayout(
                 num_ranks=num_ranks,
+                device=config.run.device,
                 model=config.model,
                 data=config.data,
                 train=config.train,
+                parallel=config.parallel,
                 export=config.export,
             )
         )

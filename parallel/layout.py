@@ -76,6 +76,8 @@ class LayoutDemands:
     """Samples of one forward pass on one data rank, where the run says."""
     compile: str = "auto"
     """Whether blocks are compiled: on, off, or auto."""
+    optimizer: str = "adamw"
+    """adamw or muon."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 
@@ -125,10 +127,14 @@ def world_mismatch(config: ParallelConfig, world_size: int) -> str | None:
     if product == world_size or (rest and world_size % product == 0):
         return None
     named = " * ".join(f"{axis} {degree}" for axis, degree in split.items()) or "every degree 1"
-    total = f"{named} = {product}" if len(split) > 1 else named
-    if rest:
-        return f"parallel: {total} declared, which does not divide the {world_size} ranks there are"
-    return f"parallel: {total} ranks declared, {world_size} required"
+    total = (
+        f"parallel: {named} = {product} ranks declared"
+        if len(split) > 1
+        else f"parallel: {named}: {product} ranks declared"
+    )
+    if rest and product < world_size:
+        return f"{total}, which do not divide the {world_size} required"
+    return f"{total}, {world_size} required"
 
 
 def micro_batch_size(config: ParallelConfig, layout: Layout, demands: LayoutDemands) -> int:

@@ -26,6 +26,7 @@ DEMAND_KEYS = {
     "global_batch_size": "train.global_batch_size",
     "micro_batch_size": "train.micro_batch_size",
     "compile": "train.compile",
+    "optimizer": "train.optimizer.name",
     "device": "run.device",
 }
 _DEMAND_OF_KEY = {key: name for name, key in DEMAND_KEYS.items()}

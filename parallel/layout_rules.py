@@ -9,7 +9,7 @@ import math
 
 from parallel.layout import micro_batch_size, num_micro_batches, world_mismatch
 from parallel.layout_case import DEMAND_KEYS, WORLD, Case, Rule, Violation, key_of, stated
-from parallel.stages import SINGLE_STAGE_SCHEDULES, SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, split_layers
+from parallel.stages import SINGLE_STAGE_SCHEDULES, V_SCHEDULES, split_layers
 
 # Grouped products want rows of 16-byte multiples, which in bf16 are 8 numbers.
 _EXPERT_ROW = 8
@@ -240,19 +240,6 @@ def _pipeline_is_fed(case: Case) -> Violation | None:
     )
 
 
-def _split_backward_is_eager(case: Case) -> Violation | None:
-    """A compiled block's backward is one function: it cannot give the input's gradient first and the weights' later."""
-    schedule = case.config.pipeline_schedule
-    if case.config.pp == 1 or schedule not in SPLIT_BACKWARD_SCHEDULES or case.demands.compile != "on":
-        return None
-    return Violation(
-        keys=("train.compile", "parallel.pipeline_schedule", "parallel.pp"),
-        reason=f'train.compile = "on": parallel.pipeline_schedule = "{schedule}" splits the backward, a compiled block cannot',
-        mend_by=("train.compile", "parallel.pipeline_schedule"),
-        choices={"train.compile": ["off"], "parallel.pipeline_schedule": ["interleaved_1f1b", "1f1b"]},
-    )
-
-
 def _overlap_is_compiled_for_cuda(case: Case) -> Violation | None:
     if not case.config.async_tp or case.config.tp == 1:
         return None
@@ -279,6 +266,18 @@ def _deepspeed_is_alone(axis: str) -> Rule:
         )
 
     return rule
+
+
+def _deepspeed_steps_adamw(case: Case) -> Violation | None:
+    """It flattens what it shards; Muon would want matrices."""
+    if case.config.data_engine != "deepspeed" or case.demands.optimizer == "adamw":
+        return None
+    return Violation(
+        keys=("train.optimizer.name", "parallel.data_engine"),
+        reason=f'{stated(case, "train.optimizer.name")}: parallel.data_engine = "deepspeed" works with "adamw" only',
+        mend_by=("train.optimizer.name", "parallel.data_engine"),
+        choices={"train.optimizer.name": ["adamw"], "parallel.data_engine": ["fsdp2"]},
+    )
 
 
 def _is_for_fsdp2(name: str, default: bool) -> Rule:
@@ -349,7 +348,6 @@ RULES: tuple[Rule, ...] = (
     _split_is_of_all_layers,
     _batch_is_shared,
     _pipeline_is_fed,
-    _split_backward_is_eager,
     *map(_deepspeed_is_alone, ("pp", "dp_replicate", "tp", "ep", "expert_tp")),
 )
 """What depends on the degrees."""
@@ -360,6 +358,7 @@ SETTING_RULES: tuple[Rule, ...] = (
     _deepspeed_offload("offload_optimizer"),
     _deepspeed_offload("offload_parameters"),
     _nvme_has_a_folder,
+    _deepspeed_steps_adamw,
     _overlap_is_compiled_for_cuda,
 )
 """What no degree can cure."""

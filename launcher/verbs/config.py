@@ -50,11 +50,13 @@ def schema(out: Output, key: KeyPrefix = None) -> int:
 def check(out: Output, files: ConfigFiles, overrides: Overrides = None, ranks: NumRanks = None) -> int:
     """Check a configuration without starting anything; every problem is reported at once."""
     from launcher.config import load_run_config
+    from launcher.layout_summary import in_words, layout_summary
 
     loaded = load_run_config(files, overrides or (), num_ranks=ranks or 1)
-    world = f"{ranks} ranks" if ranks and ranks > 1 else "1 rank"
+    summary = layout_summary(loaded.config, ranks or 1)
+    world = f"{ranks} ranks ({in_words(summary)['layout']})" if ranks and ranks > 1 else "1 rank"
     out.say(f"{', '.join(map(str, files))}: no problems, for {world}")
-    out.result({"ok": True, "run_dir": str(loaded.config.run_directory), "ranks": ranks or 1})
+    out.result({"ok": True, "run_dir": str(loaded.config.run_directory), "ranks": ranks or 1, **summary})
     return 0
 
 

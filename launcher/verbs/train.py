@@ -194,6 +194,8 @@ def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, 
 
 
 def _say_plan(out: Output, config: RunConfig, num_ranks: int) -> int:
+    from launcher.layout_summary import in_words, layout_summary
+
     directory = RunDirectory(config.run_directory)
     checkpoints = sorted(path.name for path in directory.checkpoints.glob("step-*"))
     tokens_per_step = config.train.global_batch_size * config.data.seq_len
@@ -205,9 +207,11 @@ def _say_plan(out: Output, config: RunConfig, num_ranks: int) -> int:
         "tokens_per_step": tokens_per_step,
         "tokens": tokens_per_step * config.train.steps,
     }
-    out.table(("what", "value"), [(key.replace("_", " "), str(value)) for key, value in plan.items()])
+    summary = layout_summary(config, num_ranks)
+    words = {key: str(value) for key, value in plan.items()} | in_words(summary)
+    out.table(("what", "value"), [(key.replace("_", " "), value) for key, value in words.items()])
     out.say("Nothing was started (--dry-run).")
-    out.result(plan)
+    out.result({**plan, **summary})
     return 0
 
 
