@@ -40,9 +40,9 @@ class ExpertExchange:
     - forward, three all-to-alls: counts 8 * E * T, then rows R * T * D * b, then results M * D * b;
     - backward, two: gradients of results R * T * D * b, then gradients of rows M * D * b.
 
-    Over the axis, the sum of M is T times the sum of R. Activation checkpointing that repeats the
-    layer's forward repeats the three. With one rank on `both` there are none. On CUDA each `dispatch` makes the host wait for the device once,
-    since the number of rows to receive sizes the memory; `combine` and the backward never do.
+    Over the axis, the sum of M is T times the sum of R. Activation checkpointing that repeats the layer's forward repeats
+    the three. With one rank on `both` there are none. On CUDA each `dispatch` makes the host wait for the device once, since
+    the number of rows to receive sizes the memory; `combine` and the backward never do.
     """
 
     def __init__(self, ep: Axis, expert_tp: Axis, both: Axis) -> None:
