@@ -87,8 +87,8 @@ def refuse_gaps(held: Iterable[dict[Box, Claim]]) -> None:
         if len(kinds[key]) > 1:
             problems.append(f"{key} has not the same shape and type on all ranks")
         elif shape is not None and (held_numel := sum(math.prod(box.sizes) for box in boxes[key])) != math.prod(shape):
-            what = "parts overlap, of" if held_numel > math.prod(shape) else "ranks hold"
-            problems.append(f"{key} {list(shape)}: its {what} {held_numel} of {math.prod(shape)} elements")
+            what = "its parts overlap," if held_numel > math.prod(shape) else "the ranks hold"
+            problems.append(f"{key} {list(shape)}: {what} {held_numel} of {math.prod(shape)} elements")
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise CheckpointError(

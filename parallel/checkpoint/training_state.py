@@ -118,7 +118,9 @@ def load_training_state(
         # on which the optimizer wants it.
         numbers = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
         state = {
-            numbers[parameter]: _own(entries[name], loaded.state["optimizer"][name], parameter is not tensors[name].tensor)
+            numbers[parameter]: _own(
+                entries[name], loaded.state["optimizer"][name], parameter is not tensors[name].tensor
+            )
             for parameter, name in names.items()
             if name in entries
         }
