@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from megamodel.model.decoder import Decoder
 from megamodel.train.activation_offload import ActivationOffload
 from megamodel.train.config import ActivationMemoryConfig
 
@@ -34,10 +34,10 @@ _COLLECTIVE_NAMESPACES = ("_c10d_functional", "symm_mem")
 
 
 def apply_activation_memory(
-    decoder: nn.Module,
+    decoder: Decoder,
     config: ActivationMemoryConfig,
     *,
-    compile_blocks: Callable[[nn.Module], None] | None = None,
+    compile_blocks: Callable[[Decoder], None] | None = None,
 ) -> ActivationOffload | None:
     """Changes `forward` of the blocks in `decoder.layers` in place; gradients stay what they were.
 

@@ -82,7 +82,7 @@ class _Packed:
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 @dataclass(eq=False)
@@ -166,7 +166,7 @@ class _BlockRecord:
             self.previous = None
 
     def _to_host(self, storage: torch.UntypedStorage, device: torch.device) -> Tensor:
-        whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)  # type: ignore[call-overload]
+        whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
         self.store.moved_bytes += storage.nbytes()
         if device.type != "cuda":
             return whole.clone()
