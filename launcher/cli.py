@@ -29,7 +29,7 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("config", config.VERBS, "Show, explain or check a configuration."))
     app.add_typer(_group("data", data.VERBS, "Prepare a data set, or describe a prepared one."))
     app.command("train")(as_command(train.train))
-    app.add_typer(_group("checkpoint", checkpoint.VERBS, "List a run's checkpoints, or verify them."))
+    app.add_typer(_group("checkpoint", checkpoint.VERBS, "List a run's checkpoints, verify or copy them."))
     app.command("generate")(as_command(generate.generate))
     app.command("export")(as_command(export.export))
     app.command("smoke")(as_command(smoke.smoke))

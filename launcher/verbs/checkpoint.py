@@ -1,4 +1,4 @@
-"""`mega checkpoint list|verify`."""
+"""`mega checkpoint list|verify|reshard`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from launcher.errors import RunError
 from launcher.output import Output
@@ -15,6 +17,9 @@ from launcher.verbs.generate import Run, Step
 
 if TYPE_CHECKING:
     from parallel.checkpoint.directory import CheckpointDirectory, CheckpointInfo
+
+Target = Annotated[Path, typer.Option("--to", help="Folder to write the copy into, as step-NNNNNNNN.")]
+Files = Annotated[int, typer.Option("--files", min=1, help="How many files to write all tensors into.")]
 
 
 def list_(out: Output, run: Run) -> int:
@@ -66,6 +71,28 @@ def verify(out: Output, run: Run, step: Step = None) -> int:
     return code
 
 
+def reshard(out: Output, run: Run, target: Target, step: Step = None, files: Files = 1) -> int:
+    """Copy a checkpoint into a few large files, each tensor in one piece; end with 3 if it is corrupt.
+
+    Training needs no such copy: it resumes from any checkpoint under any layout, on any number of ranks.
+    """
+    from launcher.run_record import find_run
+    from parallel.checkpoint.directory import CheckpointDirectory
+    from parallel.checkpoint.reshard import reshard as copy_anew
+
+    directory = CheckpointDirectory(find_run(run).checkpoints)
+    complete = [info for info in directory.list() if step is None or info.step == step]
+    if not complete:
+        asked = "complete checkpoint" if step is None else f"complete checkpoint of step {step}"
+        raise RunError(f"{directory.root}: there is no {asked} to copy; `mega checkpoint list` shows what is there")
+    source = complete[-1]
+    directory.verify(source)
+    copied = copy_anew(source, target, num_files=files)
+    out.say(f"Wrote {copied.path}: {copied.num_bytes / 2**20:.1f} MiB in {len(copied.manifest.files)} files.")
+    out.result(_as_object(copied))
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Verdict:
     """What is known of one checkpoint; `code` is the exit code that it asks for."""
@@ -98,7 +125,7 @@ def _examine(directory: CheckpointDirectory, path: Path) -> _Verdict | None:
     return _Verdict(path=path, code=EXIT_REFUSED if problems else 0, problems=problems)
 
 
-VERBS: dict[str, Callable[..., int]] = {"list": list_, "verify": verify}
+VERBS: dict[str, Callable[..., int]] = {"list": list_, "verify": verify, "reshard": reshard}
 
 
 def _as_object(info: CheckpointInfo) -> dict[str, Any]:

@@ -1,2 +1,2 @@
-"""Sharded checkpoints: `directory` (what is on disk, without torch), `store` (save and load; with `agreement`, `staging`
-and `fit`), `training_state`."""
+"""Sharded checkpoints: `directory` (what is on disk, without torch), `store` (save and load; with `agreement`, `pieces`,
+`shares`, `staging`, `transfer` and `fit`), `training_state`, `reshard`."""

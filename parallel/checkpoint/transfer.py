@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,20 @@ def contents(path: Path) -> dict[str, SavedTensor | None]:
     }
 
 
-def write(path: Path, shares: FlatState, staged: Mapping[str, Any], world: World) -> None:
-    """Writes each rank's share (no box twice) into a directory. A collective over the world.
+def write(path: Path, shares: FlatState, staged: Mapping[str, Any], world: World | None, *, num_files: int = 1) -> None:
+    """Writes each rank's share (no box twice) into a directory. A collective over the world, unless that is None.
 
     `shares` has pieces and objects; `staged` has for each of their keys the bytes to write: a plain tensor of the
-    piece's shape, or the object.
+    piece's shape, or the object. `num_files` is for each rank.
     """
     _quiet()
+    group = None if world is None else world.control_group
     dcp.save(
         shares,
-        storage_writer=dcp.FileSystemWriter(path, sync_files=True),
+        storage_writer=dcp.FileSystemWriter(path, thread_count=num_files, sync_files=True),
         planner=_PieceSavePlanner(staged),
-        process_group=world.control_group,
-        no_dist=world.control_group is None,
+        process_group=group,
+        no_dist=group is None,
     )
 
 
@@ -88,6 +89,32 @@ def read(path: Path, wanted: FlatState, world: World | None) -> FlatState:
     except CheckpointException as error:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {root_cause(error)}") from error
     return {key: value for key, value in objects.items() if not isinstance(value, Piece)}
+
+
+class WholeEntries(Mapping[str, Any]):
+    """All entries of a checkpoint, each read from the files when it is asked for, its tensors whole and on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = dcp.FileSystemReader(path)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def __getitem__(self, key: str) -> Any:
+        saved = self._metadata.state_dict_metadata[key]
+        state: FlatState = {key: None}
+        if isinstance(saved, TensorStorageMetadata):
+            local = torch.empty(saved.size, dtype=saved.properties.dtype)
+            state[key] = Piece(local=local, shape=saved.size, offsets=(0,) * len(saved.size))
+        planner = _PieceLoadPlanner()
+        planner.set_up_planner(state, self._metadata)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        return state[key].local if isinstance(state[key], Piece) else state[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._metadata.state_dict_metadata)
+
+    def __len__(self) -> int:
+        return len(self._metadata.state_dict_metadata)
 
 
 def root_cause(error: BaseException) -> str:

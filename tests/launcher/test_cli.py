@@ -43,7 +43,7 @@ def test_help_shows_the_verbs_that_work(mega: Mega) -> None:
     "verb",
     [
         "init", "doctor", "config show", "config schema", "config check", "data prepare", "data info", "train",
-        "checkpoint list", "checkpoint verify", "generate", "export", "smoke",
+        "checkpoint list", "checkpoint verify", "checkpoint reshard", "generate", "export", "smoke",
     ],
 )  # fmt: skip
 def test_every_verb_takes_json_and_debug(mega: Mega, verb: str) -> None:
