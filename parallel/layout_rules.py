@@ -234,7 +234,10 @@ def _pipeline_is_fed(case: Case) -> Violation | None:
         keys=("train.global_batch_size", "train.micro_batch_size", "parallel.pipeline_schedule", "parallel.pp"),
         reason=f'parallel.pipeline_schedule = "{schedule}": a data rank has {count} micro batches of {micro} '
         f"(train.global_batch_size / data ranks / train.micro_batch_size), and it needs {needed}",
-        mend_by=("train.micro_batch_size", "train.global_batch_size", "parallel.pp", "parallel.pipeline_schedule"),
+        mend_by=(
+            *(("train.micro_batch_size",) if needed.startswith("at least") else ()),
+            *("train.global_batch_size", "parallel.pp", "parallel.pipeline_schedule"),
+        ),
         unit=case.layout.num_data_ranks * micro,
         choices={"parallel.pipeline_schedule": ["gpipe"]},
     )
