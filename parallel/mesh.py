@@ -104,6 +104,11 @@ class Mesh:
         names, grid = (DENSE_AXES, self._dense) if name in DENSE_AXES else (EXPERT_AXES, self._expert)
         return int((grid == self.world.rank).nonzero()[0, names.index(name)])
 
+    @property
+    def data_rank(self) -> int:
+        """This rank's number among those that see different samples."""
+        return self.coordinate("dp_replicate") * self.layout.dp_shard + self.coordinate("dp_shard")
+
     def size(self, *names: str) -> int:
         """Ranks along some axes together."""
         return math.prod(self.layout.axis_sizes[name] for name in names)

@@ -33,12 +33,23 @@ class Cut:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """A parameter's whole shape, how it is cut, and over which axes of the mesh its gradient must still be summed after
-    the backward, beside the data axes (`sum_axes`)."""
+    """A parameter's whole shape, and how it is cut.
+
+    `sum_axes`: the axes over which its gradient must still be summed after the backward, beside the data axes.
+    `is_expert`: it is laid out on the experts' grid, whose data axes are dp_replicate and edp_shard. `num_stages`: how many
+    pipeline stages hold it (a tied embedding: the first and the last).
+    """
 
     shape: torch.Size
     cuts: tuple[Cut, ...] = ()
     sum_axes: tuple[Axis, ...] = ()
+    is_expert: bool = False
+    num_stages: int = 1
+
+    @property
+    def data_axes(self) -> tuple[str, ...]:
+        """The axes along which ranks hold the same part and see other samples or tokens."""
+        return ("dp_replicate", "edp_shard") if self.is_expert else ("dp_replicate", "dp_shard", "cp")
 
     @property
     def local_shape(self) -> torch.Size:

@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from parallel.errors import ParallelError
@@ -41,9 +40,9 @@ class RankEnvironment:
 class World:
     """All ranks of a run, seen from one of them. Every method but the properties is a collective over ALL ranks.
 
-    `backend` is None and both groups are None when this process is alone and no process group exists.
+    `backend` is None and `control_group` is None when this process is alone and no process group exists.
     `control_group` (gloo, CPU tensors) carries Python objects and barriers, so that they never queue behind
-    gradients on a GPU. `data_mesh` has the one axis `dp_shard`, over all ranks.
+    gradients on a GPU.
     """
 
     rank: int
@@ -53,7 +52,6 @@ class World:
     backend: str | None
     timeout: timedelta
     control_group: dist.ProcessGroup | None
-    data_mesh: DeviceMesh | None
 
     @property
     def is_main(self) -> bool:
@@ -181,8 +179,7 @@ def open_world(
     if environment is None:
         chosen = choose_device(device, 0)
         yield World(
-            rank=0, world_size=1, local_rank=0, device=chosen, backend=None, timeout=timeout, control_group=None,
-            data_mesh=None,
+            rank=0, world_size=1, local_rank=0, device=chosen, backend=None, timeout=timeout, control_group=None
         )  # fmt: skip
         return
     chosen = choose_device(device, environment.local_rank)
@@ -211,7 +208,6 @@ def open_world(
             backend=backend,
             timeout=timeout,
             control_group=dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD,
-            data_mesh=init_device_mesh(chosen.type, (environment.world_size,), mesh_dim_names=("dp_shard",)),
         )
         failed = False
     finally:

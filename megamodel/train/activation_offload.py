@@ -7,6 +7,7 @@ holds what two blocks have saved. On a CPU they are copies like any other: nothi
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ class ActivationOffload:
         """Tensors below this stay: a copy costs more than it frees."""
         self.moved_bytes = 0
         """Bytes moved to the host since the store was made."""
+        self.on_moved: Callable[[Tensor], None] = _nothing
+        """Called with each copy on the host."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._newest: weakref.ref[_BlockRecord] | None = None
 
@@ -169,7 +172,9 @@ class _BlockRecord:
         whole = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
         self.store.moved_bytes += storage.nbytes()
         if device.type != "cuda":
-            return whole.clone()
+            host = whole.clone()
+            self.store.on_moved(host)
+            return host
         stream = self.store.stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         host = torch.empty(whole.shape, dtype=torch.uint8, pin_memory=True)
@@ -177,4 +182,9 @@ class _BlockRecord:
             host.copy_(whole, non_blocking=True)
             self.copied = stream.record_event(self.copied)
         self.origins.append(whole)
+        self.store.on_moved(host)
         return host
+
+
+def _nothing(copy: Tensor) -> None:
+    """Nobody wants to know."""

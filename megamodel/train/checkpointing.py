@@ -49,8 +49,9 @@ class RunCheckpoints:
     ) -> None:
         self._store = store
         self._world = world
-        self._modules: Sequence[nn.Module] = [built.decoder]
-        self._placements: Mapping[str, Placement] = {}
+        self._modules: Sequence[nn.Module] = built.parts
+        self._placements: Mapping[str, Placement] = built.data_parallel.placements
+        self._after_load = built.data_parallel.after_update
         self._optimizers = optimizers.members
         self._identity = identity(job, manifest_hash)
         self._model_config = job.model.model_dump(mode="json")
@@ -79,6 +80,7 @@ class RunCheckpoints:
         rank_key = f"rank_{self._world.rank}"
         others = {"per_rank": {rank_key: {"random": _random_state()}}}
         loaded = load_training_state(self._store, info, self._tensors(), self._optimizers, others=others)
+        self._after_load()
         # Other ranks than at the save: each goes on with a random state of its own.
         if not loaded.missing:
             _restore_random_state(RandomState(*loaded.state["per_rank"][rank_key]["random"]))

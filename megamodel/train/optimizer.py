@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from megamodel.train.config import OptimizerConfig
 from megamodel.train.muon import Muon
-from parallel.world import World
+from parallel.gradients import PlacedParameter
+from parallel.mesh import Mesh
 
 # Lookup tables, scales and the router's small matrix: no direction in them is worth decaying or making orthogonal.
 _UNDECAYED = ("embedding.weight", "lm_head.weight", "norm.weight", "router.weight")
@@ -37,12 +39,14 @@ class Optimizers:
             member.zero_grad(set_to_none=True)
 
 
-def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: torch.dtype, world: World) -> Optimizers:
+def build_optimizers(
+    parameters: Sequence[PlacedParameter], config: OptimizerConfig, compute_dtype: torch.dtype, mesh: Mesh
+) -> Optimizers:
     """AdamW, and Muon for the blocks' matrices where `config` says so."""
     matrices: list[tuple[str, Tensor]] = []
     others: list[tuple[str, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        (others if name.endswith(_UNDECAYED) else matrices).append((name, parameter))
+    for placed in parameters:
+        (others if placed.name.endswith(_UNDECAYED) else matrices).append((placed.name, placed.parameter))
     adamw_groups = _groups(others, weight_decay=0.0)
     members: list[Optimizer] = []
     if config.name == "muon":
@@ -53,7 +57,8 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: t
                 momentum=config.muon_momentum,
                 weight_decay=config.weight_decay,
                 dtype=compute_dtype,
-                world=world,
+                axis=mesh.axis("dp_replicate", "dp_shard", "cp", "tp"),  # whoever holds the same blocks
+                placements={placed.parameter: placed.placement for placed in parameters},
             )
         )
     else:
@@ -71,10 +76,9 @@ def build_optimizers(model: nn.Module, config: OptimizerConfig, compute_dtype: t
 
 
 def _groups(parameters: list[tuple[str, Tensor]], *, weight_decay: float) -> list[dict[str, Any]]:
-    """Sharded and plain parameters apart: a fused optimizer takes no mixture of them in one group."""
-    groups = []
-    for sharded in (False, True):
-        members = [(name, parameter) for name, parameter in parameters if isinstance(parameter, DTensor) == sharded]
-        if members:
-            groups.append({"params": members, "weight_decay": weight_decay})
-    return groups
+    """Parameters on each mesh, and plain ones, apart: a fused optimizer takes no mixture of them in one group."""
+    groups: dict[Any, list[tuple[str, Tensor]]] = {}
+    for name, parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault(mesh, []).append((name, parameter))
+    return [{"params": members, "weight_decay": weight_decay} for members in groups.values()]

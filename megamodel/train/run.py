@@ -26,6 +26,8 @@ from megamodel.train.step import TrainStep
 from megamodel.train.trainer import LoopResult, Trainer, TrainingData
 from parallel.checkpoint.directory import CorruptCheckpoint
 from parallel.checkpoint.store import CheckpointStore
+from parallel.layout import resolve_layout
+from parallel.mesh import Mesh
 from parallel.world import World, open_world
 
 
@@ -87,11 +89,13 @@ def _train(
             job.model,
             job.train,
             job.parallel,
-            world=world,
+            mesh=Mesh(world, resolve_layout(job.parallel, world.world_size)),
             seed=job.seed if found is None else None,
             seq_len=job.data.seq_len,
         )
-        optimizers = build_optimizers(built.decoder, job.train.optimizer, compute_dtype(job.train.precision), world)
+        optimizers = build_optimizers(
+            built.data_parallel.parameters(), job.train.optimizer, compute_dtype(job.train.precision), built.mesh
+        )
         store.overlap_with(optimizers.members)
         checkpoints = RunCheckpoints(
             store=store,
@@ -109,13 +113,7 @@ def _train(
             directory.keep_tokenizer(prepared.tokenizer_path)
             directory.forget_metrics_after(progress.step)
         _tell_start(callbacks, progress, built.notice)
-        step = TrainStep(
-            world=world,
-            decoder=built.decoder,
-            data_parallel=built.data_parallel,
-            optimizers=optimizers,
-            max_norm=job.train.clip_grad_norm,
-        )
+        step = TrainStep(built, optimizers, max_norm=job.train.clip_grad_norm)
         trainer = Trainer(
             world=world,
             config=job.train,

@@ -10,19 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megamodel.model.decoder import Decoder, LossTerms
+from megamodel.train.batch import TokenBatch
+from megamodel.train.build import BuiltModel
 from megamodel.train.optimizer import Optimizers
-from parallel.data_parallel import DataParallel
-from parallel.world import World
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenBatch:
-    """Some samples on the device: ids, labels (negative: none), and document ids (None: one document a row)."""
-
-    tokens_BS: Tensor
-    labels_BS: Tensor
-    document_ids_BS: Tensor | None
+from megamodel.train.passes import PassResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +43,8 @@ class StepResult:
     num_valid_tokens: int
     num_tokens: int
     router: RouterReport | None
+    pipeline_bubble: float | None
+    """Share of forward and backward in which a rank had nothing to compute, mean over ranks; None without a pipeline."""
     compute_s: float
     """Seconds in forward, backward and the reduction of gradients."""
     update_s: float
@@ -61,12 +54,10 @@ class StepResult:
 class TrainStep:
     """Holds what a step needs and does one at a time. Calling it is a collective over all ranks."""
 
-    def __init__(
-        self, *, world: World, decoder: Decoder, data_parallel: DataParallel, optimizers: Optimizers, max_norm: float
-    ) -> None:
-        self.world = world
-        self.decoder = decoder
-        self.data_parallel = data_parallel
+    def __init__(self, built: BuiltModel, optimizers: Optimizers, *, max_norm: float) -> None:
+        self.world = built.mesh.world
+        self.built = built
+        self.passes = built.passes
         self.optimizers = optimizers
         self.max_norm = max_norm
 
@@ -79,23 +70,17 @@ class TrainStep:
         """
         started = time.perf_counter()
         num_valid, num_tokens = self._global_counts(micro_batches)
-        outputs = []
-        for index, batch in enumerate(micro_batches):
-            with self.data_parallel.micro_step(is_last=index == len(micro_batches) - 1):
-                terms: LossTerms = self.data_parallel.module(batch.tokens_BS, batch.labels_BS, batch.document_ids_BS)
-                ((terms.token_loss_sum + terms.router_loss_sum) / max(1, num_valid)).backward()
-            outputs.append(LossTerms(terms.token_loss_sum.detach(), terms.router_loss_sum.detach(), terms.router_stats))
-        grad_norm = self.data_parallel.clip_grad_norm(self.max_norm)
-        sums = self._reduce(outputs, grad_norm, stop_requested())
+        passed = self.passes.train(micro_batches, 1.0 / max(1, num_valid))
+        grad_norm = self.built.data_parallel.clip_grad_norm(self.max_norm)
+        sums = self._reduce(passed, grad_norm, stop_requested())
         computed = time.perf_counter()
         skipped = not (math.isfinite(sums.grad_norm) and math.isfinite(sums.token_loss))
         if not skipped:
             self.optimizers.step(lr_factor)
-            if sums.counts_LE is not None:
-                self.decoder.update_balance_bias(sums.counts_LE.to(self.world.device))
+            self.built.after_update(None if sums.counts_LE is None else sums.counts_LE.to(self.world.device))
         self.optimizers.zero_grad()
         router = None
-        if sums.counts_LE is not None and sums.entropy_L is not None:
+        if sums.counts_LE is not None:
             router = RouterReport(
                 counts_LE=sums.counts_LE,
                 entropy_L=sums.entropy_L / num_tokens,
@@ -109,6 +94,7 @@ class TrainStep:
             num_valid_tokens=num_valid,
             num_tokens=num_tokens,
             router=router,
+            pipeline_bubble=sums.bubble,
             compute_s=computed - started,
             update_s=time.perf_counter() - computed,
         )
@@ -116,37 +102,38 @@ class TrainStep:
     def _global_counts(self, micro_batches: Sequence[TokenBatch]) -> tuple[int, int]:
         """Tokens with a label, and all tokens, of the global batch."""
         counts = torch.zeros(2, dtype=torch.int64, device=self.world.device)
-        for batch in micro_batches:
+        for batch in micro_batches if self.passes.speaks else ():
             counts[0] += (batch.labels_BS >= 0).sum()
             counts[1] += batch.labels_BS.numel()
         valid, total = self.world.all_reduce_sum(counts).tolist()
         return valid, total
 
-    def _reduce(self, outputs: list[LossTerms], grad_norm: Tensor, stop_requested: bool) -> _StepSums:
+    def _reduce(self, passed: PassResult, grad_norm: Tensor, stop_requested: bool) -> _StepSums:
         """All figures of the step in one all-reduce, and one wait for the device."""
-        layers = len(outputs[0].router_stats)
-        scalars = torch.stack(
-            [
-                torch.stack([o.token_loss_sum for o in outputs]).sum(),
-                torch.stack([o.router_loss_sum for o in outputs]).sum(),
-                torch.tensor(float(stop_requested), device=self.world.device),
-            ]
-        ).double()
-        pieces = [scalars]
-        for layer in range(layers):
-            pieces.append(torch.stack([o.router_stats[layer].entropy_sum for o in outputs]).sum().double()[None])
-            pieces.append(torch.stack([o.router_stats[layer].counts_E for o in outputs]).sum(dim=0).double())
-        packed = self.world.all_reduce_sum(torch.cat(pieces))
+        sums = passed.sums
+        here = torch.tensor(
+            [float(stop_requested), (passed.bubble or 0.0) / self.world.world_size],
+            dtype=torch.float64,
+            device=self.world.device,
+        )
+        token_loss = sums.token_loss if self.passes.speaks else torch.zeros_like(sums.token_loss)
+        packed = self.world.all_reduce_sum(
+            torch.cat(
+                [token_loss[None], sums.router_loss[None], here, sums.entropy_L, sums.counts_LE.double().flatten()]
+            )
+        )
         # The norm is global already; it rides along so that the host waits for the device once.
         packed = torch.cat([grad_norm.double().reshape(1).to(packed.device), packed]).cpu()
-        by_layer = packed[4:].view(layers, -1) if layers else None
+        num_layers, num_experts = sums.counts_LE.shape
+        entropy_L, counts = packed[5:].split([num_layers, num_layers * num_experts])
         return _StepSums(
             grad_norm=float(packed[0]),
             token_loss=float(packed[1]),
             router_loss=float(packed[2]),
             stop_requested=bool(packed[3] > 0),
-            entropy_L=None if by_layer is None else by_layer[:, 0],
-            counts_LE=None if by_layer is None else by_layer[:, 1:].long(),
+            bubble=None if passed.bubble is None else float(packed[4]),
+            entropy_L=entropy_L,
+            counts_LE=counts.view(num_layers, num_experts).long() if num_layers else None,
         )
 
 
@@ -156,5 +143,6 @@ class _StepSums:
     token_loss: float
     router_loss: float
     stop_requested: bool
-    entropy_L: Tensor | None
+    bubble: float | None
+    entropy_L: Tensor
     counts_LE: Tensor | None

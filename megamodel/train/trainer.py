@@ -13,12 +13,13 @@ import torch
 from data_pipeline.batches import Batch, BatchLoader, ValidationBatches
 from data_pipeline.dataset import PackedDataset
 from megamodel.errors import TrainingError
+from megamodel.train.batch import TokenBatch
 from megamodel.train.build import BuiltModel
 from megamodel.train.callbacks.base import Callback, RunFacts, StepRecord
 from megamodel.train.checkpointing import Progress, RunCheckpoints
 from megamodel.train.config import TrainConfig
 from megamodel.train.schedule import learning_rate_factor
-from megamodel.train.step import StepResult, TokenBatch, TrainStep
+from megamodel.train.step import StepResult, TrainStep
 from megamodel.train.stop import StopRequest
 from megamodel.train.validation import ValidationResult, validate
 from parallel.checkpoint.store import SaveHandle
@@ -78,8 +79,9 @@ class Trainer:
         self.callbacks = callbacks
         self.facts = facts
         self.progress = progress
-        self._share = config.global_batch_size // world.world_size
-        self._micro = config.micro_batch_size or self._share
+        self._mesh = built.mesh
+        self._share = config.global_batch_size // self._mesh.layout.num_data_ranks
+        self._micro = built.micro_batch_size
         self._save: SaveHandle | None = None
         self._validated_step = 0
         self._speed = _Speed()
@@ -95,8 +97,8 @@ class Trainer:
             self.data.train,
             seed=self.data.seed,
             global_batch_size=self.config.global_batch_size,
-            dp_rank=self.world.rank,
-            dp_size=self.world.world_size,
+            dp_rank=self._mesh.data_rank,
+            dp_size=self._mesh.layout.num_data_ranks,
             start_position=self.progress.position,
         )
         with loader, StopRequest() as stop:
@@ -182,14 +184,14 @@ class Trainer:
         batches = ValidationBatches(
             self.data.held_out,
             batch_size=self._micro,
-            dp_rank=self.world.rank,
-            dp_size=self.world.world_size,
+            dp_rank=self._mesh.data_rank,
+            dp_size=self._mesh.layout.num_data_ranks,
             max_samples=None if number == self.config.steps else limit,
         )
         self._validated_step = number
         result = validate(
-            self.built.data_parallel.model,
-            (self._to_device(batch) for batch in batches),
+            self.built.passes,
+            (self._to_device(batch).share(self._mesh.axis("cp")) for batch in batches),
             world=self.world,
             bytes_of_token_V=self.data.bytes_of_token_V,
             reuse_training_graph=self.built.compiled and self.world.device.type == "cpu",
@@ -227,15 +229,9 @@ class Trainer:
             callback.on_event(event, **details)
 
     def _micro_batches(self, batch: Batch) -> Iterator[TokenBatch]:
-        whole = self._to_device(batch)
+        whole = self._to_device(batch).share(self._mesh.axis("cp"))
         for start in range(0, self._share, self._micro):
-            rows = slice(start, start + self._micro)
-            documents = whole.document_ids_BS
-            yield TokenBatch(
-                tokens_BS=whole.tokens_BS[rows],
-                labels_BS=whole.labels_BS[rows],
-                document_ids_BS=None if documents is None else documents[rows],
-            )
+            yield whole.rows(slice(start, start + self._micro))
 
     def _to_device(self, batch: Batch) -> TokenBatch:
         tensors = [torch.from_numpy(array) for array in (batch.tokens_BS, batch.labels_BS, batch.document_ids_BS)]

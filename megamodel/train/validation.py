@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megamodel.train.step import TokenBatch
+from megamodel.train.batch import TokenBatch
+from megamodel.train.passes import Passes
 from parallel.world import World
 
 
@@ -26,7 +27,7 @@ class ValidationResult:
 
 
 def validate(
-    module: nn.Module,
+    passes: Passes,
     batches: Iterable[TokenBatch],
     *,
     world: World,
@@ -35,18 +36,17 @@ def validate(
 ) -> ValidationResult:
     """Runs the model on this rank's batches and sums over ranks. A collective: each rank needs as many batches.
 
-    `module` is the model itself, not its data-parallel wrapper: no gradient is reduced. `reuse_training_graph` leaves
-    gradients enabled, though no backward follows: without them torch.compile builds every block once more, which on a CPU
-    takes longer than it saves.
+    `reuse_training_graph` leaves gradients enabled, though no backward follows: without them torch.compile builds every
+    block once more, which on a CPU takes longer than it saves.
     bytes_of_token_V: UTF-8 bytes that each id stands for, 0 for special tokens.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     for batch in batches:
-        with torch.set_grad_enabled(reuse_training_graph):
-            terms = module(batch.tokens_BS, batch.labels_BS, batch.document_ids_BS)
+        found = passes.evaluate(batch, with_graph=reuse_training_graph)
+        if not passes.speaks:
+            continue
         labels = batch.labels_BS[batch.labels_BS >= 0]
-        sums[0] += terms.token_loss_sum.detach()
-        del terms  # or this batch's activations would live through the next one's forward
+        sums[0] += found.token_loss
         sums[1] += labels.numel()
         sums[2] += bytes_of_token_V[labels].sum()
     nats, tokens, num_bytes = world.all_reduce_sum(sums).tolist()

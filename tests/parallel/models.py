@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from parallel.data_parallel import DataParallel, wrap
+from parallel.data_parallel import DataParallel, Units, wrap
+from parallel.layout import Layout
+from parallel.mesh import Mesh
 from parallel.world import World
 
 WIDTH = 10
@@ -44,9 +46,17 @@ def is_block(name: str, module: nn.Module) -> bool:
     return isinstance(module, Block)
 
 
+UNITS = Units(is_unit=is_block)
+
+
+def flat_mesh(world: World) -> Mesh:
+    """All ranks see different samples."""
+    return Mesh(world, Layout(dp_shard=world.world_size))
+
+
 def build(world: World, engine: Any, *, seed: int = 0, **options: Any) -> DataParallel:
     torch.manual_seed(seed)
-    return wrap(Net(), mesh=world.data_mesh, engine=engine, is_unit=is_block, **options)
+    return wrap([Net()], mesh=flat_mesh(world), placements={}, engine=engine, units=UNITS, **options)
 
 
 def optimizers_of(model: nn.Module) -> list[torch.optim.Optimizer]:

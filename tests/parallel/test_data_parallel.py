@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from parallel.data_parallel import wrap
+from parallel.data_parallel import Units, wrap
 from parallel.errors import ParallelError
 from parallel.world import World
 from tests.gloo_pool import GlooPool
-from tests.parallel.models import WIDTH, Net, build, global_batch, is_block, optimizers_of, train
+from tests.parallel.models import UNITS, WIDTH, Net, build, flat_mesh, global_batch, optimizers_of, train
 
 ENGINES = ["ddp", "fsdp2"]
+NO_UNITS = Units(is_unit=lambda name, module: False)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ def alone() -> World:
 
     return World(
         rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), backend=None, timeout=timedelta(seconds=60),
-        control_group=None, data_mesh=None,
+        control_group=None,
     )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def first_gradients_twice(world: World) -> tuple[list[torch.Tensor], list[torch.
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 64) for name in "cab"})
     shell = _InOrder(model)
-    parallel = wrap(shell, mesh=world.data_mesh, engine="ddp", is_unit=lambda name, module: False)
+    parallel = wrap([shell], mesh=flat_mesh(world), placements={}, engine="ddp", units=NO_UNITS)
     x_BD = torch.randn(16, 64, generator=torch.Generator().manual_seed(world.rank))
     taken = []
     for _ in range(3):
@@ -158,7 +159,7 @@ def test_measuring_the_norm_leaves_gradients_alone() -> None:
     norm = parallel.clip_grad_norm(float("inf"))
     after = [p.grad for p in parallel.model.parameters() if p.grad is not None]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    torch.testing.assert_close(norm, torch.cat([gradient.flatten() for gradient in before]).norm())
+    torch.testing.assert_close(norm.float(), torch.cat([gradient.flatten() for gradient in before]).norm())
 
 
 def refusals(world: World) -> list[str]:
@@ -166,18 +167,18 @@ def refusals(world: World) -> list[str]:
     with torch.device("meta"):
         on_meta = Net()
     for model, options in (
-        (Net(), {"engine": "ddp", "is_unit": is_block, "param_dtype": torch.bfloat16}),
-        (on_meta, {"engine": "ddp", "is_unit": is_block}),
-        (Net(), {"engine": "fsdp2", "is_unit": lambda name, module: False}),
+        (Net(), {"engine": "ddp", "units": UNITS, "param_dtype": torch.bfloat16}),
+        (on_meta, {"engine": "ddp", "units": UNITS}),
+        (Net(), {"engine": "fsdp2", "units": NO_UNITS}),
     ):
         with pytest.raises(ParallelError) as caught:
-            wrap(model, mesh=world.data_mesh, **options)
+            wrap([model], mesh=flat_mesh(world), placements={}, **options)
         messages.append(str(caught.value))
     return messages
 
 
 def test_what_an_engine_cannot_do_is_refused(gloo_ranks: GlooPool) -> None:
-    no_dtype, on_meta, no_unit = gloo_ranks(1, refusals)[0]
+    no_dtype, on_meta, no_unit = gloo_ranks(2, refusals)[0]
     assert "no param_dtype" in no_dtype
     assert 'use "fsdp2"' in no_dtype
     assert "on meta" in on_meta

@@ -30,7 +30,6 @@ def converse(world: World) -> dict[str, Any]:
         "all": world.all_gather_object(world.rank * 10),
         "barrier": world.barrier(),
         "main": world.is_main,
-        "mesh": None if world.data_mesh is None else (world.data_mesh.size(), world.data_mesh.mesh_dim_names),
         "backend": world.backend,
         "own group": control is not None and control is not world.control_group,
     }
@@ -45,7 +44,6 @@ def test_ranks_talk(gloo_ranks: GlooPool) -> None:
             "all": [0, 10, 20],
             "barrier": None,
             "main": rank == 0,
-            "mesh": (3, ("dp_shard",)),
             "backend": "gloo",
             "own group": True,
         }
@@ -59,7 +57,7 @@ def test_one_process_has_the_same_face_and_no_group(monkeypatch: pytest.MonkeyPa
         assert not torch.distributed.is_initialized()
     assert found["sum"] == [1.0, 0.0]
     assert found["all"] == [0]
-    assert (found["mesh"], found["backend"], found["main"], found["own group"]) == (None, None, True, False)
+    assert (found["backend"], found["main"], found["own group"]) == (None, True, False)
 
 
 def lose_one(world: World) -> str:

@@ -14,10 +14,11 @@ from megamodel.model.decoder import Decoder
 from megamodel.model.moe import Router
 from megamodel.train.build import materialize
 from megamodel.train.sharding_plan import is_full_precision, is_gathered_unit
-from parallel.data_parallel import DataParallel, wrap
+from parallel.data_parallel import DataParallel, Units, wrap
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 from tests.megamodel.small import MLA, MOE, random_tokens, small_config
+from tests.parallel.models import flat_mesh
 
 CONFIG = small_config(qk_norm=True, moe={**MOE, "first_layer": 1, "z_loss_weight": 0.01, "aux_loss_weight": 0.1})
 CPU = torch.device("cpu")
@@ -41,17 +42,17 @@ def wrapped(world: World, engine: Any, precision: torch.dtype) -> DataParallel:
     decoder.compute_dtype = precision
     sharded = engine == "fsdp2"
     if not sharded:
-        materialize(decoder, CPU, CONFIG, 3)
+        materialize([decoder], CPU, CONFIG, 3, {})
     parallel = wrap(
-        decoder,
-        mesh=world.data_mesh,
+        [decoder],
+        mesh=flat_mesh(world),
+        placements={},
         engine=engine,
-        is_unit=is_gathered_unit,
-        is_full_precision=is_full_precision,
+        units=Units(is_unit=is_gathered_unit, is_full_precision=is_full_precision),
         param_dtype=precision if sharded and precision != torch.float32 else None,
     )
     if sharded:
-        materialize(decoder, CPU, CONFIG, 3)
+        materialize([decoder], CPU, CONFIG, 3, {})
     return parallel
 
 

@@ -12,9 +12,12 @@ from megamodel.train.config import OptimizerConfig, ScheduleConfig
 from megamodel.train.muon import Muon, assign_owners, orthogonalize
 from megamodel.train.optimizer import build_optimizers
 from megamodel.train.schedule import learning_rate_factor
+from parallel.gradients import placed_parameters
+from parallel.mesh import single_axis
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 from tests.megamodel.small import MOE, build, small_config
+from tests.parallel.models import flat_mesh
 
 ALONE = World(
     rank=0,
@@ -24,7 +27,6 @@ ALONE = World(
     backend=None,
     timeout=timedelta(seconds=10),
     control_group=None,
-    data_mesh=None,
 )
 
 
@@ -33,7 +35,7 @@ def test_muon_on_matrices_is_torchs(shape: tuple[int, int]) -> None:
     ours = torch.nn.Parameter(torch.randn(shape))
     theirs = torch.nn.Parameter(ours.detach().clone())
     settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
-    mine = Muon([ours], **settings, dtype=torch.bfloat16, world=ALONE)
+    mine = Muon([ours], **settings, dtype=torch.bfloat16, axis=single_axis("all"))
     reference = torch.optim.Muon([theirs], **settings, adjust_lr_fn="match_rms_adamw")
     start = ours.detach().clone()
     for _ in range(3):
@@ -54,7 +56,7 @@ def test_orthogonalize_brings_singular_values_near_one() -> None:
 def test_a_stack_is_updated_matrix_by_matrix() -> None:
     stack = torch.nn.Parameter(torch.randn(4, 8, 12))
     singles = [torch.nn.Parameter(matrix.detach().clone()) for matrix in stack]
-    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float32, "world": ALONE}
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float32, "axis": single_axis("all")}
     stacked, separate = Muon([stack], **settings), Muon(singles, **settings)
     for _ in range(2):
         stack.grad = torch.randn_like(stack)
@@ -69,15 +71,21 @@ def sharded_muon(world: World, shape: tuple[int, ...], placement: int | None) ->
     """The same two steps on a whole parameter and on a sharded one."""
     torch.manual_seed(1)
     start, grads = torch.randn(shape), torch.randn(2, *shape)
-    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "dtype": torch.float32, "world": world}
+    settings = {
+        "lr": 0.02,
+        "weight_decay": 0.1,
+        "momentum": 0.9,
+        "dtype": torch.float32,
+        "axis": flat_mesh(world).axis("dp_shard"),
+    }
     whole = torch.nn.Parameter(start.clone())
     places = [Replicate() if placement is None else Shard(placement)]
-    assert world.data_mesh is not None
-    shards = torch.nn.Parameter(distribute_tensor(start, world.data_mesh, places))
+    mesh = flat_mesh(world).device_mesh(("dp_shard",))
+    shards = torch.nn.Parameter(distribute_tensor(start, mesh, places))
     for parameter in (whole, shards):
         optimizer = Muon([parameter], **settings)
         for grad in grads:
-            parameter.grad = grad.clone() if parameter is whole else distribute_tensor(grad, world.data_mesh, places)
+            parameter.grad = grad.clone() if parameter is whole else distribute_tensor(grad, mesh, places)
             optimizer.step()
     return torch.allclose(shards.full_tensor(), whole, atol=1e-6)
 
@@ -107,10 +115,11 @@ def dealt_out_muon(world: World) -> tuple[bool, int]:
         calls += 1
         return original(x, dtype)
 
-    for place in (world, ALONE):
+    axes = (flat_mesh(world).axis("dp_shard"), single_axis("alone"))
+    for place in axes:
         parameters = [torch.nn.Parameter(start.clone()) for start in starts]
-        optimizer = Muon(parameters, **settings, world=place)
-        module.orthogonalize = counted if place is world else original
+        optimizer = Muon(parameters, **settings, axis=place)
+        module.orthogonalize = counted if place is axes[0] else original
         for step in grads:
             for parameter, grad in zip(parameters, step, strict=True):
                 parameter.grad = grad.clone()
@@ -136,7 +145,9 @@ def test_owners_share_the_work_evenly() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
     decoder = build(small_config(qk_norm=True, moe={**MOE, "num_shared_experts": 1, "first_layer": 1}))
-    optimizers = build_optimizers(decoder, OptimizerConfig(name=name, weight_decay=0.1), torch.float32, ALONE)
+    optimizers = build_optimizers(
+        placed_parameters([decoder], {}), OptimizerConfig(name=name, weight_decay=0.1), torch.float32, flat_mesh(ALONE)
+    )
     seen = [
         (parameter, group["weight_decay"], type(member).__name__)
         for member in optimizers.members
@@ -154,7 +165,12 @@ def test_every_parameter_is_in_exactly_one_group(name: str) -> None:
 
 def test_the_schedule_moves_every_group_from_its_own_peak() -> None:
     decoder = build(small_config())
-    optimizers = build_optimizers(decoder, OptimizerConfig(name="muon", lr=1e-3, muon_lr=0.02), torch.float32, ALONE)
+    optimizers = build_optimizers(
+        placed_parameters([decoder], {}),
+        OptimizerConfig(name="muon", lr=1e-3, muon_lr=0.02),
+        torch.float32,
+        flat_mesh(ALONE),
+    )
     for factor in (0.5, 0.25):
         optimizers.step(factor)
         rates = [group["lr"] for member in optimizers.members for group in member.param_groups]
@@ -173,10 +189,11 @@ def test_schedules() -> None:
 def lone_matrix(world: World) -> bool:
     start, grad = torch.arange(48.0).reshape(6, 8), torch.linspace(-1, 1, 48).reshape(6, 8)
     results = []
-    for place in (world, ALONE):
+    axes = (flat_mesh(world).axis("dp_shard"), single_axis("alone"))
+    for place in axes:
         parameter = torch.nn.Parameter(start.clone())
         parameter.grad = grad.clone()
-        Muon([parameter], lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32, world=place).step()
+        Muon([parameter], lr=0.02, momentum=0.9, weight_decay=0.1, dtype=torch.float32, axis=place).step()
         results.append(parameter)
     return torch.equal(*results)
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from megamodel.model.initialization import initial_value
+from megamodel.train.batch import TokenBatch
 from megamodel.train.build import BuiltModel, build_model, compute_dtype, materialize
 from megamodel.train.config import OptimizerConfig, TrainConfig
 from megamodel.train.optimizer import build_optimizers
-from megamodel.train.step import StepResult, TokenBatch, TrainStep
+from megamodel.train.step import StepResult, TrainStep
 from parallel.checkpoint.staging import local_part
 from parallel.config import ParallelConfig
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 from tests.megamodel.small import MOE, random_tokens, small_config
+from tests.parallel.models import flat_mesh
 
 CONFIG = small_config(
     num_layers=3, tie_embeddings=True, moe={**MOE, "first_layer": 1, "z_loss_weight": 0.01, "aux_loss_weight": 0.1}
@@ -51,11 +53,13 @@ def share(batch: TokenBatch, world: World, micro: int) -> list[TokenBatch]:
 
 def make(world: World, engine: str, optimizer: str, model_config=CONFIG) -> tuple[BuiltModel, TrainStep]:
     train = TrainConfig(precision="fp32", compile="off")
-    built = build_model(model_config, train, ParallelConfig(data_engine=engine), world=world, seed=3, seq_len=SEQ)
-    optimizers = build_optimizers(built.decoder, OptimizerConfig(name=optimizer, lr=1e-2), compute_dtype("fp32"), world)
-    step = TrainStep(
-        world=world, decoder=built.decoder, data_parallel=built.data_parallel, optimizers=optimizers, max_norm=1.0
+    built = build_model(
+        model_config, train, ParallelConfig(data_engine=engine), mesh=flat_mesh(world), seed=3, seq_len=SEQ
     )
+    optimizers = build_optimizers(
+        built.data_parallel.parameters(), OptimizerConfig(name=optimizer, lr=1e-2), compute_dtype("fp32"), built.mesh
+    )
+    step = TrainStep(built, optimizers, max_norm=1.0)
     return built, step
 
 
@@ -183,13 +187,11 @@ def test_a_stop_asked_of_one_rank_reaches_all(gloo_ranks: GlooPool) -> None:
 
 def bf16_losses(world: World, engine: str, precision: str) -> list[float]:
     train = TrainConfig(precision=precision, compile="off")
-    built = build_model(CONFIG, train, ParallelConfig(data_engine=engine), world=world, seed=3, seq_len=SEQ)
+    built = build_model(CONFIG, train, ParallelConfig(data_engine=engine), mesh=flat_mesh(world), seed=3, seq_len=SEQ)
     optimizers = build_optimizers(
-        built.decoder, OptimizerConfig(name="adamw", lr=1e-3), compute_dtype(precision), world
+        built.data_parallel.parameters(), OptimizerConfig(name="adamw", lr=1e-3), compute_dtype(precision), built.mesh
     )
-    step = TrainStep(
-        world=world, decoder=built.decoder, data_parallel=built.data_parallel, optimizers=optimizers, max_norm=1.0
-    )
+    step = TrainStep(built, optimizers, max_norm=1.0)
     assert all(local_part(parameter).dtype == torch.float32 for parameter in built.decoder.parameters())
     return [step(share(global_batch(0), world, 6), lr_factor=1.0, stop_requested=lambda: False).loss for _ in range(10)]
 
@@ -206,11 +208,11 @@ def test_bf16_keeps_float32_weights_and_follows_fp32(gloo_ranks: GlooPool, engin
 def bf16_gradients(world: World, engine: str, optimizer: str) -> dict[str, torch.Tensor]:
     """Gradients of norms and routers in bf16, and the router's weights after a step."""
     train = TrainConfig(precision="bf16", compile="off")
-    built = build_model(CONFIG, train, ParallelConfig(data_engine=engine), world=world, seed=3, seq_len=SEQ)
-    optimizers = build_optimizers(built.decoder, OptimizerConfig(name=optimizer, lr=1e-3), compute_dtype("bf16"), world)
-    step = TrainStep(
-        world=world, decoder=built.decoder, data_parallel=built.data_parallel, optimizers=optimizers, max_norm=1e9
+    built = build_model(CONFIG, train, ParallelConfig(data_engine=engine), mesh=flat_mesh(world), seed=3, seq_len=SEQ)
+    optimizers = build_optimizers(
+        built.data_parallel.parameters(), OptimizerConfig(name=optimizer, lr=1e-3), compute_dtype("bf16"), built.mesh
     )
+    step = TrainStep(built, optimizers, max_norm=1e9)
     kept = {}
     update = step.optimizers.step
 
@@ -237,7 +239,7 @@ def test_both_engines_treat_norms_and_routers_alike_in_bf16(gloo_ranks: GlooPool
 
 def rotary_dtype(world: World) -> torch.dtype:
     train = TrainConfig(precision="bf16", compile="off")
-    built = build_model(CONFIG, train, ParallelConfig(data_engine="fsdp2"), world=world, seed=3, seq_len=SEQ)
+    built = build_model(CONFIG, train, ParallelConfig(data_engine="fsdp2"), mesh=flat_mesh(world), seed=3, seq_len=SEQ)
     seen: list[torch.dtype] = []
     attention = built.decoder.layers["0"].attention
     attention.register_forward_pre_hook(lambda module, args: seen.append(args[1].dtype))
@@ -254,5 +256,5 @@ def test_materialize_fills_buffers_too() -> None:
 
     with torch.device("meta"):
         decoder = Decoder(BIAS_CONFIG)
-    materialize(decoder, torch.device("cpu"), BIAS_CONFIG, 0)
+    materialize([decoder], torch.device("cpu"), BIAS_CONFIG, 0, {})
     assert all(not tensor.is_meta and torch.isfinite(tensor).all() for tensor in decoder.state_dict().values())

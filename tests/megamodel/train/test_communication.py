@@ -1,0 +1,164 @@
+"""Counts and bytes of a step are those of the formulas, in every style, alone and composed: nothing is sent unseen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megamodel.train.batch import TokenBatch
+from megamodel.train.build import BuiltModel, build_model, compute_dtype
+from megamodel.train.communication import StepCommunication
+from megamodel.train.communication_facts import RunShape
+from megamodel.train.config import TrainConfig
+from megamodel.train.optimizer import build_optimizers
+from megamodel.train.step import TrainStep
+from megamodel.train.trace import TRACED_STEPS, TracedStep
+from parallel.config import ParallelConfig
+from parallel.layout import resolve_layout
+from parallel.mesh import Mesh
+from parallel.world import World
+from tests.gloo_pool import GlooPool
+from tests.megamodel.small import MLA, MOE, random_tokens, small_config
+
+SEQ = 16
+BATCH = 8
+MOE_SECOND = {"moe": {**MOE, "first_layer": 1, "num_shared_experts": 1}}
+FOUR = {"num_layers": 4}
+
+
+def batches(shape: RunShape, mesh: Mesh) -> list[TokenBatch]:
+    """The micro batches of this rank, some labels missing."""
+    share = shape.train.global_batch_size // shape.layout.num_data_ranks
+    tokens_BS = random_tokens(shape.model, share, SEQ, seed=mesh.data_rank)
+    documents_BS = (torch.arange(SEQ) >= 5).int().expand(share, -1) if shape.document_mask else None
+    whole = TokenBatch(tokens_BS=tokens_BS, labels_BS=tokens_BS.roll(-1, 1), document_ids_BS=documents_BS)
+    mine = whole.share(mesh.axis("cp"))
+    return [mine.rows(slice(start, start + shape.rows)) for start in range(0, share, shape.rows)]
+
+
+def traced(world: World, case: dict[str, Any], extra: bool = False) -> list[StepCommunication]:
+    """What the trace tells of the first steps; `extra` adds a collective that no formula knows."""
+    model = small_config(vocab_size=96, **case.get("model", {}))
+    parallel = ParallelConfig(**case.get("parallel", {}))
+    settings: dict[str, Any] = {
+        "precision": "fp32",
+        "compile": "off",
+        "global_batch_size": BATCH,
+        "micro_batch_size": 2,
+    }
+    train = TrainConfig(**{**settings, **case.get("train", {})})
+    mesh = Mesh(world, resolve_layout(parallel, world.world_size))
+    built = build_model(model, train, parallel, mesh=mesh, seed=3, seq_len=SEQ)
+    shape = RunShape(
+        model=model, layout=mesh.layout, parallel=parallel, train=train, seq_len=SEQ, rows=built.micro_batch_size,
+        document_mask=case.get("documents", True),
+    )  # fmt: skip
+    told: list[StepCommunication] = []
+    step = TracedStep(step_of(built, train), shape=shape, first_step=1, tell=told.append)
+    for _ in range(TRACED_STEPS + 1):
+        step(batches(shape, mesh), lr_factor=1.0, stop_requested=lambda: _sum_unseen(world) if extra else False)
+    return told
+
+
+def _sum_unseen(world: World) -> bool:
+    return bool(world.all_reduce_sum(torch.zeros(3, dtype=torch.float64)).sum())
+
+
+def step_of(built: BuiltModel, train: TrainConfig) -> TrainStep:
+    optimizers = build_optimizers(
+        built.data_parallel.parameters(), train.optimizer, compute_dtype(train.precision), built.mesh
+    )
+    return TrainStep(built, optimizers, max_norm=1.0)
+
+
+def check(told: list[StepCommunication]) -> None:
+    assert [page.step for page in told] == [1, 2]
+    for page in told:
+        wrong = [row.as_data() for row in page.rows if not row.agrees]
+        assert not wrong, "\n".join(
+            f"step {page.step} {row['axis']} {row['kind']} {row['dtype']}: counted {row['count']} {row['bytes']}, "
+            f"expected {row['expected_count']} {row['expected_bytes']} by {row['formula']}"
+            for row in wrong
+        )
+
+
+CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "alone": (1, {}),
+    "ddp": (2, {}),
+    "ddp bf16 sums": (2, {"parallel": {"reduce_dtype": "bf16"}}),
+    "ddp moe": (2, {"model": MOE_SECOND, "train": {"precision": "bf16"}}),
+    "ddp muon": (2, {"train": {"optimizer": {"name": "muon"}}}),
+    "fsdp2": (2, {"parallel": {"data_engine": "fsdp2"}}),
+    "fsdp2 kept": (2, {"parallel": {"data_engine": "fsdp2", "reshard_after_forward": False}}),
+    "fsdp2 bf16 moe": (2, {"parallel": {"data_engine": "fsdp2"}, "model": MOE_SECOND, "train": {"precision": "bf16"}}),
+    "fsdp2 uneven": (3, {"parallel": {"data_engine": "fsdp2"}, "model": {"qk_norm": True}, "train": {"global_batch_size": 6}}),
+    "fsdp2 muon": (2, {"parallel": {"data_engine": "fsdp2"}, "model": MOE_SECOND, "train": {"optimizer": {"name": "muon"}}}),
+    "fsdp2 one micro batch": (2, {"parallel": {"data_engine": "fsdp2"}, "train": {"micro_batch_size": 4}}),
+    "replicated": (2, {"parallel": {"data_engine": "fsdp2", "dp_replicate": 2}}),
+    "tp": (2, {"parallel": {"tp": 2}}),
+    "tp bf16 moe": (2, {"parallel": {"tp": 2}, "model": MOE_SECOND, "train": {"precision": "bf16"}}),
+    "tp moe alone": (2, {"parallel": {"tp": 2}, "model": {"moe": MOE}}),
+    "tp mla tied": (2, {"parallel": {"tp": 2}, "model": {"mla": MLA, "tie_embeddings": True}}),
+    "tp4 with copies": (4, {"parallel": {"tp": 4}, "train": {"optimizer": {"name": "muon"}}}),
+    "cp gather": (2, {"parallel": {"cp": 2}, "model": MOE_SECOND}),
+    "cp gather plain": (2, {"parallel": {"cp": 2}, "documents": False}),
+    "cp ring": (2, {"parallel": {"cp": 2, "context_method": "ring"}, "train": {"precision": "bf16"}}),
+    "cp ulysses": (2, {"parallel": {"cp": 2, "context_method": "ulysses"}, "model": {"mla": MLA}}),
+    "cp4 ring": (4, {"parallel": {"cp": 4, "context_method": "ring"}}),
+    "cp4 ulysses": (4, {"parallel": {"cp": 4, "context_method": "ulysses"}}),
+    "ep": (2, {"parallel": {"ep": 2}, "model": MOE_SECOND}),
+    "expert tp": (2, {"parallel": {"expert_tp": 2}, "model": MOE_SECOND, "train": {"precision": "bf16"}}),
+    "ep tp fsdp2": (4, {"parallel": {"ep": 2, "tp": 2, "data_engine": "fsdp2"}, "model": MOE_SECOND}),
+    "ep fsdp2 muon": (
+        4, {"parallel": {"ep": 2, "data_engine": "fsdp2"}, "model": MOE_SECOND, "train": {"optimizer": {"name": "muon"}}}
+    ),
+    "tp cp fsdp2 muon": (
+        4, {"parallel": {"tp": 2, "cp": 2, "data_engine": "fsdp2"}, "train": {"optimizer": {"name": "muon"}}}
+    ),
+    "tp ddp": (4, {"parallel": {"tp": 2}, "model": MOE_SECOND}),
+    "recomputed": (
+        4, {"parallel": {"tp": 2, "cp": 2}, "model": MOE_SECOND, "train": {"activation_memory": {"mode": "full"}}}
+    ),
+    "recomputed ring": (
+        2, {"parallel": {"cp": 2, "context_method": "ring"}, "train": {"activation_memory": {"mode": "selective"}}}
+    ),
+    "every second recomputed": (
+        2, {"parallel": {"tp": 2}, "train": {"activation_memory": {"mode": "full", "every_n_layers": 2}}}
+    ),
+    "selective": (2, {"parallel": {"tp": 2}, "train": {"activation_memory": {"mode": "selective"}}}),
+    "selective without collectives": (
+        2, {"parallel": {"tp": 2}, "train": {"activation_memory": {"mode": "selective", "save": ["matmul"]}}}
+    ),
+    "recomputed ep": (
+        2, {"parallel": {"ep": 2}, "model": MOE_SECOND, "train": {"activation_memory": {"mode": "full"}}}
+    ),
+    "pp": (2, {"parallel": {"pp": 2}}),
+    "pp gpipe": (2, {"parallel": {"pp": 2, "pipeline_schedule": "gpipe"}, "model": MOE_SECOND}),
+    "pp tied": (2, {"parallel": {"pp": 2}, "model": {"tie_embeddings": True}}),
+    "pp interleaved": (2, {"parallel": {"pp": 2, "pipeline_schedule": "interleaved_1f1b"}, "model": FOUR}),
+    "pp zero bubble": (2, {"parallel": {"pp": 2, "pipeline_schedule": "interleaved_zero_bubble"}, "model": FOUR}),
+    "pp zbv": (2, {"parallel": {"pp": 2, "pipeline_schedule": "zbv"}, "model": {**FOUR, "tie_embeddings": True}}),
+    "pp dualpipev": (2, {"parallel": {"pp": 2, "pipeline_schedule": "dualpipev"}, "model": FOUR}),
+    "pp fsdp2": (4, {"parallel": {"pp": 2, "data_engine": "fsdp2"}, "train": {"micro_batch_size": 1}}),
+    "pp fsdp2 kept": (
+        4, {"parallel": {"pp": 2, "data_engine": "fsdp2", "reshard_after_forward": False}, "train": {"micro_batch_size": 1}}
+    ),
+    "pp zbv fsdp2": (
+        4, {"parallel": {"pp": 2, "data_engine": "fsdp2", "pipeline_schedule": "zbv"}, "model": FOUR,
+            "train": {"micro_batch_size": 1}}
+    ),
+    "pp tp": (4, {"parallel": {"pp": 2, "tp": 2}, "model": MOE_SECOND}),
+    "pp cp": (4, {"parallel": {"pp": 2, "cp": 2, "context_method": "ring"}}),
+    "pp ep": (4, {"parallel": {"pp": 2, "ep": 2}, "model": {"moe": MOE}, "train": {"micro_batch_size": 1}}),
+    "pp tp cp": (8, {"parallel": {"pp": 2, "tp": 2, "cp": 2}, "model": {"moe": MOE}}),
+    "hybrid": (4, {"parallel": {"data_engine": "fsdp2", "dp_replicate": 2}, "model": MOE_SECOND}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_byte_is_explained(gloo_ranks: GlooPool, name: str) -> None:
+    ranks, case = CASES[name]
+    for told in gloo_ranks(ranks, traced, case):
+        check(told)
