@@ -16,7 +16,7 @@ from megamodel.model.presets import PRESETS
 SMALL = ("model.preset=moe-tiny", "data.tokenizer.vocab_size=512", "data.seq_len=128")
 
 
-def problems(*overrides: str, num_ranks: int = 1) -> tuple[str, ...]:
+def problems(*overrides: str, num_ranks: int | None = None) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
         load_run_config((), (*SMALL, *overrides), num_ranks=num_ranks)
     return caught.value.problems
@@ -53,12 +53,37 @@ def test_the_starter_file_is_what_it_says(tmp_path: Path) -> None:
 
 def test_the_batch_must_divide_among_the_ranks() -> None:
     assert problems("train.global_batch_size=10", num_ranks=4) == (
-        "--set train.global_batch_size=10: train.global_batch_size = 10: cannot be shared by 4 ranks evenly; "
-        "use a multiple of 4, for example 8, or other ranks (--ranks)",
+        "--set train.global_batch_size=10: train.global_batch_size = 10: cannot be shared by 4 data ranks evenly; "
+        "use train.global_batch_size = 8 or 12, or --ranks 2 or 5",
     )
     (found,) = problems("train.global_batch_size=12", "train.micro_batch_size=3", num_ranks=3)
-    assert "cannot be shared by 3 ranks of 3 samples (train.micro_batch_size) evenly; use a multiple of 9" in found
+    assert "cannot be shared by 3 data ranks of 3 samples (train.micro_batch_size) evenly; use " in found
     load_run_config((), (*SMALL, "train.global_batch_size=12", "train.micro_batch_size=3"), num_ranks=2)
+    # Ranks that share samples count once.
+    load_run_config((), (*SMALL, "train.global_batch_size=2", "parallel.tp=2"), num_ranks=4)
+
+
+def test_every_reason_against_a_layout_is_told_at_its_source() -> None:
+    found = problems("parallel.tp=3", num_ranks=8)
+    assert len(found) == 5
+    assert all(problem.endswith("use parallel.tp = 2 or 4") for problem in found)
+    assert found[1] == (
+        "--set parallel.tp=3: parallel.tp = 3: must divide model.num_heads = 4; use parallel.tp = 2 or 4"
+    )
+    assert found[-1].startswith("--set data.seq_len=128: data.seq_len = 128: must be a multiple of parallel.cp * ")
+
+
+def test_a_layout_of_a_bad_degree_is_told_once() -> None:
+    assert problems("parallel.tp=0", num_ranks=8) == (
+        "--set parallel.tp=0: parallel.tp = 0: must be greater than or equal to 1",
+    )
+    (found,) = problems("parallel.dp_shard=0", num_ranks=8)
+    assert found.endswith("must be at least 1, or -1 for all ranks that the other axes leave")
+
+
+def test_who_only_reads_a_configuration_needs_no_ranks_for_its_layout() -> None:
+    parallel = load_run_config((), (*SMALL, "parallel.tp=2", "parallel.ep=4", "parallel.pp=2")).config.parallel
+    assert (parallel.tp, parallel.ep) == (2, 4)
 
 
 def test_rows_must_fit_the_model() -> None:

@@ -190,8 +190,48 @@ def test_a_dry_run_says_what_would_happen_and_starts_nothing(tiny: Path, mega: M
         "steps": 4,
         "tokens_per_step": 256,
         "tokens": 1024,
+        "layout": {
+            "pp": 1,
+            "dp_replicate": 1,
+            "dp_shard": 2,
+            "cp": 1,
+            "tp": 1,
+            "edp_shard": 2,
+            "ep": 1,
+            "expert_tp": 1,
+        },
+        "micro_batch_size": 2,
+        "micro_batches": 1,
     }
     assert not Path("runs").exists()
+
+
+def test_a_dry_run_shows_how_a_pipeline_is_laid_out(tiny: Path, mega: Mega) -> None:
+    sets = ["--set", "parallel.pp=2", "--set", "parallel.ep=2", "--set", "train.compile=off"]
+    ended = mega("train", tiny, "--ranks", "4", "--dry-run", *sets)
+    assert ended.code == 0
+    shown = {" ".join(line.split()) for line in ended.out.splitlines()}
+    assert {
+        "layout pp 2, dp_shard 2, ep 2",
+        "micro batches 2",
+        "pipeline schedule 1f1b",
+        "layers per stage 1, 1",
+        "expected bubble 33.3% of a step",
+    } <= shown
+    ended = mega("train", tiny, "--ranks", "4", "--dry-run", "--json", *sets)
+    assert ended.json["layers_per_stage"] == [1, 1]
+    assert ended.json["expected_bubble"] == pytest.approx(1 / 3)
+
+
+def test_a_check_says_the_layout_or_all_that_speaks_against_it(tiny: Path, mega: Mega) -> None:
+    good = mega("config", "check", tiny, "--ranks", "4", "--set", "parallel.tp=2")
+    assert good.code == 0
+    assert "no problems, for 4 ranks (dp_shard 2, tp 2)" in good.out
+    bad = mega("config", "check", tiny, "--ranks", "8", "--set", "parallel.tp=3")
+    assert bad.code == 2
+    assert "parallel: tp 3: 3 ranks declared, which do not divide the 8 required" in bad.err
+    assert "parallel.tp = 3: must divide model.num_heads = 4; use parallel.tp = 2" in bad.err
+    assert bad.err.count("parallel.tp = 3: must divide") > 2
 
 
 def test_missing_packages_are_told_before_the_run(tiny: Path, mega: Mega, monkeypatch: pytest.MonkeyPatch) -> None:
