@@ -301,6 +301,15 @@ def test_what_is_possible_is_not_refused(world_size: int, config: dict[str, Any]
     assert messages(world_size, config, **demands) == []
 
 
+@pytest.mark.parametrize("axis", ["pp", "dp_replicate", "tp", "ep", "expert_tp"])
+def test_deepspeed_composes_with_data_and_context_axes_only(axis: str) -> None:
+    (found,) = messages(8, {"data_engine": "deepspeed", axis: 2})
+    assert found.startswith(
+        f'parallel.{axis} = 2: must be 1 with parallel.data_engine = "deepspeed" (cp may be more); use '
+    )
+    assert f"parallel.{axis} = 1" in found
+
+
 def test_all_reasons_come_at_once_each_with_a_mend_that_cures_all_where_one_does() -> None:
     found = messages(8, {"tp": 3})
     assert [message.split(": must")[0].split("; use")[0] for message in found] == [
