@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,11 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from parallel import collectives
+from parallel.config import ContextMethod
 from parallel.context_order import chunk_length, chunks_of, gather_documents, gather_rows, true_order, visible
 from parallel.context_ring import RingAttention
 from parallel.errors import ParallelError
 from parallel.mesh import Axis
-
-ContextMethod = Literal["all_gather", "ring", "ulysses"]
 
 
 class LocalAttention(Protocol):

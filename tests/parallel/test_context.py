@@ -142,7 +142,7 @@ def all_cases() -> list[Case]:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_method_is_plain_attention(gloo_ranks: GlooPool, num_ranks: int) -> None:
     cases = all_cases()
-    for rank, found in enumerate(gloo_ranks(num_ranks, differences, cases)):
+    for rank, found in enumerate(gloo_ranks(num_ranks, differences, cases, timeout_s=120)):
         for case, errors in zip(cases, found, strict=True):
             limit = 1e-12 if case.dtype == torch.float64 else 1e-5
             assert max(errors) <= limit, f"rank {rank}, {case}: out, dq, dk, dv differ by {errors}"
