@@ -209,7 +209,7 @@ def check_schedule(schedule: str, *, pp: int, num_stages: int, num_micro_batches
     least = {"1f1b": pp, "dualpipev": num_stages}.get(schedule, 1)
     if num_micro_batches < least:
         raise ParallelError(
-            f"{name} needs {least} micro batches a step with pp = {pp}, and there are {num_micro_batches}: "
+            f"{name} needs {least} or more micro batches a step with pp = {pp}, and there are {num_micro_batches}: "
             'make more (smaller ones, or a larger batch), or use "gpipe"'
         )
     rounds = max(1, num_micro_batches // pp)

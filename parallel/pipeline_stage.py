@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
@@ -223,8 +223,10 @@ class Stage(_PipelineStageBase):
             else:
                 self._gather_parameters()
                 stage_backward_weight(self.submod.parameters(), deferred.groups)
-                if self._reshard:
-                    self._free_parameters()
+                if isinstance(self.submod, FSDPModule):
+                    # Its hooks are on the inputs' way through the graph. Without this it would add up micro batches in
+                    # the parameters' dtype, and keep what was gathered.
+                    fully_shard.state(self.submod)._root_post_backward_final_callback()  # type: ignore[attr-defined]
 
     def perform_reduce_grad(self, grad_scale_factor: int) -> None:
         with self._stopwatch.running():
@@ -243,17 +245,10 @@ class Stage(_PipelineStageBase):
         return stage_backward_input([out], grads, [x], self.submod.parameters())[1]
 
     def _gather_parameters(self) -> None:
-        handles = [module.unshard(async_op=True) for module in self._sharded_modules()]
-        for handle in handles:
+        sharded = [module for module in self.submod.modules() if isinstance(module, FSDPModule)]
+        for handle in [module.unshard(async_op=True) for module in sharded]:
             if handle is not None:
                 handle.wait()
-
-    def _free_parameters(self) -> None:
-        for module in self._sharded_modules():
-            module.reshard()
-
-    def _sharded_modules(self) -> list[FSDPModule]:
-        return [module for module in self.submod.modules() if isinstance(module, FSDPModule)]
 
     def _receive_into(self, place: dict[int, Tensor], micro_batch: int, stage_index: int) -> dist.P2POp:
         place[micro_batch] = self.empty_hidden()

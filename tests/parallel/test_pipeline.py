@@ -2,167 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
-from parallel.collectives import all_gather, all_reduce, reduce_scatter
+from parallel.collectives import all_reduce
+from parallel.errors import ParallelError
 from parallel.layout import Layout
-from parallel.mesh import Axis, Mesh, single_axis
-from parallel.pipeline import Pipeline, StagePart, stages_of_rank
+from parallel.mesh import Axis, single_axis
+from parallel.pipeline import Pipeline, PipelineTimes, StagePart, check_schedule, stages_of_rank
 from parallel.world import World
 from tests.gloo_pool import GlooPool
+from tests.parallel.pipelines import NUM_LAYERS, B, Case, D, Part, S, batch, bounds, make
 
-# Shape suffixes: B rows of a micro batch, S tokens of a row, D width, T rows * tokens, V vocabulary.
-B, S, D, V = 2, 4, 6, 11
 SCHEDULES = ["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
-NUM_LAYERS = 9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One layout and one schedule."""
-
-    schedule: str
-    pp: int = 2
-    num_micro_batches: int = 6
-    stages_per_rank: int = 0
-    reshard: bool = False
-    split_backward: bool = True
-    recompute: bool = False
-    tp: int = 1
-
-    @property
-    def num_stages(self) -> int:
-        return self.pp * (self.stages_per_rank or (1 if self.schedule in ("gpipe", "1f1b") else 2))
-
-
-class FusedLoss(torch.autograd.Function):
-    """Makes both gradients in its forward, as a loss in chunks does."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, w_VD: Tensor, labels_T: Tensor) -> Tensor:
-        scores_TV = (x_TD @ w_VD.t()).log_softmax(dim=-1)
-        grad_TV = scores_TV.exp() - nn.functional.one_hot(labels_T, V)
-        ctx.save_for_backward(grad_TV @ w_VD, grad_TV.t() @ x_TD)
-        return -scores_TV.gather(1, labels_T[:, None]).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_x_TD, grad_w_VD = ctx.saved_tensors
-        return grad_x_TD * grads[0], grad_w_VD * grads[0], None
-
-
-class Layer(nn.Module):
-    """Two matrices, one used twice, and a bias; the tokens of a row are gathered for the first, cut again for the second."""
-
-    def __init__(self, tp: Axis) -> None:
-        super().__init__()
-        self.tp = tp
-        self.up = nn.Linear(D, 2 * D)
-        self.down = nn.Linear(2 * D, D, bias=False)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        up = torch.tanh(self.up(all_gather(x_BSD, self.tp, dim=1)))
-        mixed = self.down(up + up.cumsum(dim=1)) - self.down(up)
-        return x_BSD + reduce_scatter(mixed / self.tp.size, self.tp, dim=1)
-
-
-class Part(nn.Module):
-    """A range of the layers, with the embedding or the head where it is an end."""
-
-    def __init__(self, start: int, stop: int, tp: Axis, recompute: bool) -> None:
-        super().__init__()
-        self.tp, self.recompute = tp, recompute
-        self.embedding = nn.Embedding(V, D) if start == 0 else None
-        self.layers = nn.ModuleDict({str(index): Layer(tp) for index in range(start, stop)})
-        self.head = nn.Linear(D, V, bias=False) if stop == NUM_LAYERS else None
-        for name, parameter in self.named_parameters():
-            generator = torch.Generator().manual_seed(sum(map(ord, name)))
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
-
-    def forward(self, x: Tensor, labels_BS: Tensor) -> Tensor:
-        if self.embedding is not None:
-            x = self.embedding(x.chunk(self.tp.size, dim=1)[self.tp.rank])
-        for layer in self.layers.values():
-            x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
-        if self.head is None:
-            return x
-        labels = labels_BS.chunk(self.tp.size, dim=1)[self.tp.rank]
-        loss: Tensor = FusedLoss.apply(x.reshape(-1, D), self.head.weight, labels.reshape(-1))
-        return loss / 100
-
-
-def bounds(num_stages: int) -> list[int]:
-    """Where the stages begin and end: the first stages have a layer more than the last."""
-    return [(index * NUM_LAYERS + num_stages - 1) // num_stages for index in range(num_stages + 1)]
-
-
-def batch(step: int, data_rank: int, num_micro_batches: int) -> tuple[list[Tensor], list[Tensor]]:
-    generator = torch.Generator().manual_seed(100 * step + data_rank)
-    tokens_MBS = torch.randint(V, (num_micro_batches, B, S + 1), generator=generator)
-    return list(tokens_MBS[..., :-1]), list(tokens_MBS[..., 1:])
-
-
-@dataclass
-class Made:
-    """What one rank has of a pipeline."""
-
-    mesh: Mesh
-    parts: list[Part]
-    pipeline: Pipeline
-    losses: list[Tensor]
-
-
-def make(world: World, case: Case, layout: Layout) -> Made:
-    mesh = Mesh(world, layout)
-    pp, tp = mesh.axis("pp"), mesh.axis("tp")
-    cuts = bounds(case.num_stages)
-    held = stages_of_rank(case.schedule, pp.rank, pp=pp.size, num_stages=case.num_stages)
-    parts = [Part(cuts[index], cuts[index + 1], tp, case.recompute) for index in held]
-    if layout.num_data_ranks > 1:
-        dims = (("dp_replicate",), ("dp_shard",)) if layout.dp_replicate > 1 else (("dp_shard",),)
-        for part in parts:
-            shard(part, mesh.device_mesh(*dims), case.reshard)
-    losses: list[Tensor] = []
-
-    def forward_of(part: Part) -> Any:
-        def forward(x: Tensor, labels_BS: Tensor) -> Tensor:
-            out: Tensor = part(x, labels_BS)
-            if part.head is not None:
-                losses.append(out.detach())
-            return out
-
-        return forward
-
-    pipeline = Pipeline(
-        [StagePart(index=index, module=part, forward=forward_of(part)) for index, part in zip(held, parts, strict=True)],
-        num_stages=case.num_stages,
-        axis=pp,
-        schedule=case.schedule,
-        num_micro_batches=case.num_micro_batches,
-        hidden=torch.empty(B, S // tp.size, D, device="meta"),
-        device=torch.device("cpu"),
-        split_backward=case.split_backward,
-        reshard=case.reshard,
-    )
-    return Made(mesh=mesh, parts=parts, pipeline=pipeline, losses=losses)
-
-
-def shard(part: Part, device_mesh: Any, reshard: bool) -> None:
-    for module in (*part.layers.values(), part):
-        fully_shard(module, mesh=device_mesh, reshard_after_forward=reshard)
-    for module in part.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
 
 
 @dataclass
@@ -187,7 +46,7 @@ def update(module: nn.Module, tp: Axis) -> dict[str, Tensor]:
         if tp.is_split:
             parameter.grad = all_reduce(parameter.grad, tp)
         gradients[name] = whole(parameter.grad)
-        parameter.data.add_(parameter.grad, alpha=-0.1)
+        parameter.data.add_(parameter.grad, alpha=-0.02)
         parameter.grad = None
     return gradients
 
@@ -291,10 +150,12 @@ def test_stages_may_talk_to_others_in_forward_and_backward(gloo_ranks: GlooPool,
     check(gloo_ranks(4, run, case, Layout(pp=2, tp=2)), alone(case))
 
 
-@pytest.mark.parametrize("reshard", [False, True])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("schedule", "reshard"),
+    [(name, True) for name in SCHEDULES] + [("1f1b", False), ("interleaved_zero_bubble", False)],
+)
 def test_fsdp2_reduces_each_unit_once_a_step(gloo_ranks: GlooPool, schedule: str, reshard: bool) -> None:
-    case = Case(schedule=schedule, reshard=reshard)
+    case = Case(schedule=schedule, reshard=reshard, num_micro_batches=4)
     found = gloo_ranks(4, run, case, Layout(pp=2, dp_shard=2))
     check(found, alone(case, num_data_ranks=2))
     cuts = bounds(case.num_stages)
@@ -309,3 +170,126 @@ def test_fsdp2_reduces_each_unit_once_a_step(gloo_ranks: GlooPool, schedule: str
 def test_hybrid_sharding(gloo_ranks: GlooPool, schedule: str) -> None:
     case = Case(schedule=schedule, num_micro_batches=4)
     check(gloo_ranks(8, run, case, Layout(pp=2, dp_replicate=2, dp_shard=2)), alone(case, num_data_ranks=4))
+
+
+def test_fsdp2_adds_up_micro_batches_in_full_precision(gloo_ranks: GlooPool) -> None:
+    # One micro batch's gradients are the same numbers under both schedules; only how they are added up might differ.
+    cases = [
+        Case(schedule=name, param_dtype=torch.bfloat16) for name in ("interleaved_1f1b", "interleaved_zero_bubble")
+    ]
+    whole_backward, split = (gloo_ranks(4, run, case, Layout(pp=2, dp_shard=2)) for case in cases)
+    for one, other in zip(whole_backward, split, strict=True):
+        for name, gradient in one.gradients[0].items():
+            assert (other.gradients[0][name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+@dataclass
+class Traces:
+    """What many steps leave behind on one rank."""
+
+    tensors: list[int]
+    times: PipelineTimes
+    gradient_of_frozen: bool
+    others_have_gradients: bool
+
+
+def trained_often(world: World, case: Case) -> Traces:
+    made = make(world, case, Layout(pp=2))
+    for parameter in made.parts[0].parameters():
+        parameter.requires_grad_(False)
+    tokens, labels = batch(0, 0, case.num_micro_batches)
+    kwargs = [{"labels_BS": labels_BS} for labels_BS in labels]
+    counts = []
+    for _ in range(4):
+        times = made.pipeline.train(tokens if world.rank == 0 else (), kwargs)
+        made.losses.clear()
+        gc.collect()
+        counts.append(sum(isinstance(thing, Tensor) for thing in gc.get_objects()))
+    return Traces(
+        tensors=counts,
+        times=times,
+        gradient_of_frozen=any(p.grad is not None for p in made.parts[0].parameters()),
+        others_have_gradients=all(p.grad is not None for part in made.parts[1:] for p in part.parameters()),
+    )
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "interleaved_zero_bubble", "zbv"])
+def test_steps_leave_nothing_behind(gloo_ranks: GlooPool, schedule: str) -> None:
+    for traces in gloo_ranks(2, trained_often, Case(schedule=schedule)):
+        assert len(set(traces.tensors[1:])) == 1, traces.tensors
+        assert not traces.gradient_of_frozen
+        assert traces.others_have_gradients
+
+
+def test_the_bubble_is_what_is_left_of_the_time(gloo_ranks: GlooPool) -> None:
+    for traces in gloo_ranks(2, trained_often, Case(schedule="1f1b", num_micro_batches=3)):
+        assert len(traces.times.spans) == 3 + 3 + 1
+        assert 0 < traces.times.compute_s < traces.times.total_s
+        assert traces.times.bubble == pytest.approx(1 - traces.times.compute_s / traces.times.total_s)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"schedule": "2f2b"}, 'pipeline_schedule "2f2b" is unknown: use one of gpipe, 1f1b, interleaved_1f1b'),
+        (
+            {"pp": 1, "num_stages": 1},
+            "a pipeline needs 2 ranks or more, and this axis has 1: run the model as one part",
+        ),
+        ({"num_stages": 4}, "one stage a rank: 4 stages do not fit pp = 2; make 2"),
+        ({"schedule": "zbv", "num_stages": 6}, "two stages a rank: 6 stages do not fit pp = 2; make 4"),
+        ({"schedule": "interleaved_1f1b", "num_stages": 5}, "5 is no multiple of pp = 2; make 4 or 6"),
+        (
+            {"num_micro_batches": 1},
+            '"1f1b" needs 2 or more micro batches a step with pp = 2, and there are 1: make more',
+        ),
+        ({"schedule": "dualpipev", "num_stages": 4, "num_micro_batches": 3}, "needs 4 or more micro batches a step"),
+        ({"schedule": "interleaved_1f1b", "num_stages": 4, "num_micro_batches": 5}, "multiple of pp, such as 4 or 6"),
+        (
+            {"schedule": "gpipe", "num_micro_batches": 0},
+            "needs 1 or more micro batches a step with pp = 2, and there are 0",
+        ),
+    ],
+)
+def test_what_a_schedule_cannot_do_is_refused(wrong: dict[str, Any], told: str) -> None:
+    right: dict[str, Any] = {"schedule": "1f1b", "pp": 2, "num_stages": 2, "num_micro_batches": 4}
+    check_schedule(**right)
+    with pytest.raises(ParallelError) as caught:
+        check_schedule(**(right | wrong))
+    assert told in str(caught.value)
+
+
+def refusals(world: World) -> list[str]:
+    made = make(world, Case(schedule="1f1b", num_micro_batches=2), Layout(pp=2))
+    tokens, labels = batch(0, 0, 2)
+    kwargs = [{"labels_BS": labels_BS} for labels_BS in labels]
+    messages = []
+    with pytest.raises(ParallelError) as caught:
+        made.pipeline.train(tokens, kwargs[:1])
+    messages.append(str(caught.value))
+    if world.rank == 0:  # the other waits for nothing
+        with pytest.raises(ParallelError) as caught:
+            made.pipeline.evaluate(tokens[0][:1], kwargs[0])
+        messages.append(str(caught.value))
+    with pytest.raises(ParallelError) as caught:
+        Pipeline(
+            [StagePart(index=1 - world.rank, module=nn.Identity(), forward=nn.Identity())],
+            num_stages=2,
+            axis=made.mesh.axis("pp"),
+            schedule="1f1b",
+            num_micro_batches=2,
+            hidden=torch.empty(1),
+            device=torch.device("cpu"),
+        )
+    messages.append(str(caught.value))
+    return messages
+
+
+def test_mistaken_use_is_refused(gloo_ranks: GlooPool) -> None:
+    first, last = gloo_ranks(2, refusals)
+    assert first[0] == last[0] == "a pipeline of 2 micro batches a step was given 2 inputs and 1 sets of arguments"
+    assert first[1] == (
+        f"pipeline stage 0 of 2 returned (1, {S}, {D}) torch.float32, and ({B}, {S}, {D}) torch.float32 is agreed: "
+        "all micro batches of a pipeline have one shape"
+    )
+    assert first[2] == 'pipeline_schedule "1f1b": rank 0 of 2 was given the stages [1] of 2, and holds [0]'
