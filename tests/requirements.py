@@ -42,6 +42,7 @@ _REQUIREMENTS = {
     "transformers": _package("transformers", "hf"),
     "datasets": _package("datasets", "hf"),
     "accelerate": _package("accelerate", "dev"),
+    "deepspeed": _package("deepspeed", "deepspeed"),
 }
 
 

@@ -28,7 +28,7 @@ def test_what_is_there_is_not_installed(tmp_path: Path) -> None:
     assert run_with(tmp_path, {"g++": "", "make": _MAKE, "python3": ""}) == [
         "make setup, requires nothing",
         "make lint, requires nothing",
-        "make test, requires compiler,transformers,datasets,accelerate",
+        "make test, requires compiler,transformers,datasets,accelerate,deepspeed",
     ]
 
 
