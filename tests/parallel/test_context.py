@@ -105,9 +105,9 @@ def run(core: LocalAttention, tensors: list[Tensor], document_ids: Tensor | None
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-def differences(world: World, cases: list[Case]) -> list[list[float]]:
+def differences(world: World, cases: list[Case], axis: Axis | None = None) -> list[list[float]]:
     """For each case, the largest differences of output, dq, dk, dv from plain attention over whole rows in float64."""
-    axis = cp_axis(world)
+    axis = axis or cp_axis(world)
     found = []
     for case in cases:
         ids = documents() if case.documents else None
@@ -146,6 +146,18 @@ def test_every_method_is_plain_attention(gloo_ranks: GlooPool, num_ranks: int) -
         for case, errors in zip(cases, found, strict=True):
             limit = 1e-12 if case.dtype == torch.float64 else 1e-5
             assert max(errors) <= limit, f"rank {rank}, {case}: out, dq, dk, dv differ by {errors}"
+
+
+def differences_on_every_other_rank(world: World, cases: list[Case]) -> list[list[float]]:
+    """As where tp lies within cp: two axes side by side, whose neighbours are not neighbours in rank."""
+    axes = [(ranks, dist.new_group(list(ranks))) for ranks in ((0, 2), (1, 3))]
+    ranks, group = axes[world.rank % 2]
+    return differences(world, cases, Axis(name="cp", size=2, rank=world.rank // 2, ranks=ranks, group=group))
+
+
+def test_an_axis_is_not_the_world(gloo_ranks: GlooPool) -> None:
+    for found in gloo_ranks(4, differences_on_every_other_rank, [Case(method, True, None) for method in METHODS]):
+        assert max(map(max, found)) <= 1e-5
 
 
 def test_an_odd_number_of_ranks(gloo_ranks: GlooPool) -> None:
