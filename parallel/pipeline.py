@@ -25,7 +25,7 @@ from parallel.errors import ParallelError
 from parallel.mesh import Axis
 from parallel.pipeline_stage import Mark, Stage, StagePart, Stopwatch, seconds_between
 
-__all__ = ["SPLIT_BACKWARD_IS_SOUND", "Pipeline", "PipelineTimes", "StagePart", "stages_of_rank"]
+__all__ = ["SPLIT_BACKWARD_IS_SOUND", "Pipeline", "PipelineTimes", "StagePart", "check_schedule", "stages_of_rank"]
 
 _SCHEDULES: dict[str, Any] = {
     "gpipe": torch_schedules.ScheduleGPipe,

@@ -57,16 +57,18 @@ class FusedLoss(torch.autograd.Function):
 
 
 class Layer(nn.Module):
-    """Two matrices, one used twice, and a bias; the tokens of a row are gathered for the first, cut again for the second."""
+    """Weights used once, twice side by side, and twice one upon the other; gathers the tokens of a row in between."""
 
     def __init__(self, tp: Axis) -> None:
         super().__init__()
         self.tp = tp
+        self.turn = nn.Linear(D, D)
         self.up = nn.Linear(D, 2 * D)
         self.down = nn.Linear(2 * D, D, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        up = torch.tanh(self.up(all_gather(x_BSD, self.tp, dim=1)))
+        turned = x_BSD + self.turn(torch.tanh(self.turn(x_BSD)))
+        up = torch.tanh(self.up(all_gather(turned, self.tp, dim=1)))
         mixed = self.down(up.cumsum(dim=1) / 4) + self.down(up)
         return x_BSD + reduce_scatter(mixed / self.tp.size, self.tp, dim=1)
 
