@@ -141,7 +141,9 @@ class CommunicationLedger:
         )
 
     def add(self, group: dist.ProcessGroup, kind: str, dtype: str, num_bytes: int) -> None:
-        """One more communication on `group`."""
+        """One more communication on `group`; none where nobody else is in it."""
+        if group.size() == 1:
+            return
         key = LedgerKey(axis=self._axis_of(group), kind=kind, dtype=dtype)
         count, before = self._entries.get(key, (0, 0))
         self._entries[key] = (count + 1, before + num_bytes)

@@ -177,9 +177,18 @@ def _serve(connection: Connection, stacks: str) -> None:
                     ) as world,
                 ):
                     answer = _Answer(value=task.function(world, *task.args))
+                _forget_meshes()
                 connection.send(answer)
             except BaseException:  # whatever it was, the test must see it
                 connection.send(_Answer(failure=f"raised\n{traceback.format_exc()}"))
+
+
+def _forget_meshes() -> None:
+    """torch keeps the results of DTensor operators by mesh, and takes a mesh of the next world for one whose groups are gone."""
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
 
 
 @contextlib.contextmanager

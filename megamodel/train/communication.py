@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megamodel.train.communication_data import engine_terms, muon_terms, step_terms
-from megamodel.train.communication_facts import Expected, PartShare, RunShape
+from megamodel.train.communication_facts import Expected, PartShare, Place, RunShape
 from megamodel.train.communication_styles import (
     context_terms,
     expert_terms,
@@ -21,17 +21,17 @@ from megamodel.train.communication_styles import (
 from parallel.ledger import LedgerKey, LedgerRow, Spread, spread
 
 
-def expected_communication(shape: RunShape, parts: Sequence[PartShare], *, pp_rank: int) -> tuple[Expected, ...]:
-    """What a rank that holds `parts`, at `pp_rank` of the pipeline, communicates in one step. No communication."""
+def expected_communication(shape: RunShape, parts: Sequence[PartShare], place: Place) -> tuple[Expected, ...]:
+    """What the rank at `place`, which holds `parts`, communicates in one step. No communication."""
     terms = [
         *step_terms(shape, parts),
-        *engine_terms(shape, parts),
+        *engine_terms(shape, parts, place),
         *muon_terms(shape, parts),
         *tensor_terms(shape, parts),
         *router_terms(shape, parts),
         *context_terms(shape, parts),
         *expert_terms(shape, parts),
-        *pipeline_terms(shape, parts, pp_rank),
+        *pipeline_terms(shape, parts, place.pp),
     ]
     together: dict[tuple[LedgerKey, str, str], list[Expected]] = {}
     for term in terms:

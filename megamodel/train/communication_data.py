@@ -16,12 +16,15 @@ from megamodel.train.communication_facts import (
     Expected,
     ParameterShare,
     PartShare,
+    Place,
     RunShape,
     expect,
 )
 from megamodel.train.muon import assign_owners
 from megamodel.train.optimizer import _UNDECAYED
 from megamodel.train.sharding_plan import has_style
+from parallel.pipeline import SPLIT_BACKWARD_IS_SOUND
+from parallel.stages import SPLIT_BACKWARD_SCHEDULES
 
 _DENSE = ("dp_replicate", "dp_shard", "cp")
 _EXPERT = ("dp_replicate", "edp_shard")
@@ -57,12 +60,12 @@ def _is_spread(shape: RunShape, parts: Sequence[PartShare]) -> bool:
     return shards > 1 or any(p.shape != p.whole_shape for part in parts for p in part.parameters)
 
 
-def engine_terms(shape: RunShape, parts: Sequence[PartShare]) -> Iterator[Expected]:
+def engine_terms(shape: RunShape, parts: Sequence[PartShare], place: Place) -> Iterator[Expected]:
     """The data engine, and the sums over ranks that it leaves to be made after the last backward."""
     if fsdp_is_at_work(shape, parts):
         for part in parts:
             for unit in _units(shape, part):
-                yield from _unit_terms(shape, unit)
+                yield from _unit_terms(shape, part, unit)
     elif _is_ddp(shape):
         parameters = [p for part in parts for p in part.parameters]
         reduce = DTYPE_NAMES[shape.parallel.reduce_dtype]
@@ -74,7 +77,7 @@ def engine_terms(shape: RunShape, parts: Sequence[PartShare]) -> Iterator[Expect
             "_".join(_DENSE), "all_reduce", "int32", count=1, elements=len(parameters),
             purpose="which parameters were used, by DDP", formula="parameters * 4",
         )  # fmt: skip
-    yield from _left_over(shape, parts)
+    yield from _left_over(shape, parts, place)
 
 
 def fsdp_is_at_work(shape: RunShape, parts: Sequence[PartShare]) -> bool:
@@ -142,9 +145,9 @@ def _is_sharded(shape: RunShape, parameter: ParameterShare) -> bool:
     return True
 
 
-def _unit_terms(shape: RunShape, unit: _Unit) -> Iterator[Expected]:
+def _unit_terms(shape: RunShape, part: PartShare, unit: _Unit) -> Iterator[Expected]:
     """Gathered before its forward, and again before its backward if freed in between; reduced once a step."""
-    gathers = shape.micro_batches * (2 if shape.parallel.reshard_after_forward else 1)
+    gathers = _gathers(shape, part)
     shards = shape.axis_size(*unit.grid[1:])
     axis = "_".join(unit.grid[1:])
     elements = sum(_padded(p, shards, expert=unit.grid == _EXPERT) for p in unit.parameters)
@@ -154,8 +157,7 @@ def _unit_terms(shape: RunShape, unit: _Unit) -> Iterator[Expected]:
     if shards > 1:
         yield expect(
             axis, "all_gather", gathered, count=gathers, elements=gathers * elements,
-            purpose=f"parameters of each {unit.what}, before forward" + (" and backward" * (gathers > shape.micro_batches)),
-            formula=f"{'2 * ' * shape.parallel.reshard_after_forward}M * sum(N * ceil(d / N) * n / d) * w",
+            purpose=f"parameters of each {unit.what}", formula=f"{_gathers_formula(shape)} * sum(N * ceil(d / N) * n / d) * w",
         )  # fmt: skip
         yield expect(
             axis, "reduce_scatter", reduced, count=1, elements=elements,
@@ -166,6 +168,35 @@ def _unit_terms(shape: RunShape, unit: _Unit) -> Iterator[Expected]:
             "dp_replicate", "all_reduce", reduced, count=1, elements=elements // shards,
             purpose=f"shards of gradients of each {unit.what}", formula="sum(ceil(d / N) * n / d) * r",
         )  # fmt: skip
+
+
+def _gathers(shape: RunShape, part: PartShare) -> int:
+    """How often the parameters of a unit are gathered in a step."""
+    micro_batches, pp = shape.micro_batches, shape.layout.pp
+    if not shape.parallel.reshard_after_forward:
+        # A stage of a pipeline keeps what it has until the end of the step.
+        return 1 if pp > 1 else micro_batches
+    return 2 * micro_batches + (_split_backwards(shape, part.stage) if pp > 1 and part.stage > 0 else 0)
+
+
+def _gathers_formula(shape: RunShape) -> str:
+    if not shape.parallel.reshard_after_forward:
+        return "1" if shape.layout.pp > 1 else "M"
+    splits = shape.layout.pp > 1 and shape.parallel.pipeline_schedule in SPLIT_BACKWARD_SCHEDULES
+    return "(2 * M + split backwards of stages after the first)" if splits else "2 * M"
+
+
+def _split_backwards(shape: RunShape, stage: int) -> int:
+    """Micro batches whose weights' gradients a stage computes apart from those of its input, and gathers for again."""
+    schedule, pp = shape.parallel.pipeline_schedule, shape.layout.pp
+    memory = shape.train.activation_memory.mode
+    if schedule not in SPLIT_BACKWARD_SCHEDULES or not SPLIT_BACKWARD_IS_SOUND or memory != "none":
+        return 0
+    if schedule != "dualpipev":
+        return shape.micro_batches
+    # Only while the pipeline fills and empties.
+    rank = stage if stage < pp else 2 * pp - 1 - stage
+    return pp - rank + rank // 2 if stage < pp else pp - rank - 1 + (rank + 1) // 2
 
 
 def _padded(parameter: ParameterShare, shards: int, *, expert: bool) -> int:
@@ -181,18 +212,30 @@ def _sharded_dim(parameter: ParameterShare, shards: int) -> int:
     return 1 if shape[0] % shards and len(shape) > 1 and shape[1] % shards == 0 else 0
 
 
-def _left_over(shape: RunShape, parts: Sequence[PartShare]) -> Iterator[Expected]:
+def _left_over(shape: RunShape, parts: Sequence[PartShare], place: Place) -> Iterator[Expected]:
     """Gradients that are partial after the last backward, summed in few large pieces."""
     by_axis: dict[str, list[int]] = {}
     # A tied embedding in two stages of one rank is summed once: the copies have been added up.
     for parameter in {p.name: p for part in parts for p in part.parameters}.values():
         for axis in _axes_to_sum(shape, parts, parameter):
-            by_axis.setdefault(axis, []).append(parameter.numel)
+            by_axis.setdefault(axis, []).append(_own_elements(shape, parts, parameter, place))
     for axis, numels in by_axis.items():
         yield expect(
             axis, "all_reduce", DTYPE_NAMES[shape.parallel.reduce_dtype], count=len(_buckets(numels, _SUM_BUCKET)),
             elements=sum(numels), purpose="gradients that no engine has summed", formula="sum(n) * r",
         )  # fmt: skip
+
+
+def _own_elements(shape: RunShape, parts: Sequence[PartShare], parameter: ParameterShare, place: Place) -> int:
+    """Elements of a gradient on this rank after FSDP2, whose last shards may be smaller than the rest, or empty."""
+    if not (fsdp_is_at_work(shape, parts) and _is_sharded(shape, parameter)):
+        return parameter.numel
+    expert = parameter.is_expert and _own_grid(shape)
+    shards = shape.axis_size(*(_EXPERT if expert else _DENSE)[1:])
+    length = parameter.shape[_sharded_dim(parameter, shards) if expert else 0]
+    share = math.ceil(length / shards)
+    before = share * (place.expert_shard if expert else place.shard)
+    return max(0, min(share, length - before)) * (parameter.numel // length)
 
 
 def _axes_to_sum(shape: RunShape, parts: Sequence[PartShare], parameter: ParameterShare) -> list[str]:

@@ -108,6 +108,17 @@ class PartShare:
     parameters: tuple[ParameterShare, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank stands on the axes along which ranks differ in what they send."""
+
+    pp: int
+    shard: int
+    """Among the ranks over which FSDP2 shards."""
+    expert_shard: int
+    """The same for experts on a grid of their own."""
+
+
 def shares_of(
     shape: RunShape, parts: Sequence[Decoder], placements: Mapping[str, Placement], *, pp_rank: int
 ) -> tuple[PartShare, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from megamodel.train.batch import TokenBatch
 from megamodel.train.build import BuiltModel
 from megamodel.train.communication import Expected, StepCommunication, compare, expected_communication
-from megamodel.train.communication_facts import RunShape, shares_of
+from megamodel.train.communication_facts import Place, RunShape, shares_of
 from megamodel.train.step import StepResult, TrainStep
 from parallel.ledger import CommunicationLedger
 
@@ -55,6 +55,11 @@ class TracedStep:
 
 def expectation(built: BuiltModel, shape: RunShape) -> tuple[Expected, ...]:
     """What this rank should communicate in each step. No communication."""
-    pp_rank = built.mesh.coordinate("pp")
-    parts = shares_of(shape, built.parts, built.data_parallel.placements, pp_rank=pp_rank)
-    return expected_communication(shape, parts, pp_rank=pp_rank)
+    mesh = built.mesh
+    place = Place(
+        pp=mesh.coordinate("pp"),
+        shard=mesh.coordinate("dp_shard") * mesh.size("cp") + mesh.coordinate("cp"),
+        expert_shard=mesh.coordinate("edp_shard"),
+    )
+    parts = shares_of(shape, built.parts, built.data_parallel.placements, pp_rank=place.pp)
+    return expected_communication(shape, parts, place)

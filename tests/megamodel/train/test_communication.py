@@ -9,14 +9,15 @@ import torch
 
 from megamodel.train.batch import TokenBatch
 from megamodel.train.build import BuiltModel, build_model, compute_dtype
-from megamodel.train.communication import StepCommunication
-from megamodel.train.communication_facts import RunShape
+from megamodel.train.communication import StepCommunication, compare
+from megamodel.train.communication_facts import Expected, RunShape, expect
 from megamodel.train.config import TrainConfig
 from megamodel.train.optimizer import build_optimizers
 from megamodel.train.step import TrainStep
 from megamodel.train.trace import TRACED_STEPS, TracedStep
 from parallel.config import ParallelConfig
 from parallel.layout import resolve_layout
+from parallel.ledger import LedgerKey, LedgerRow
 from parallel.mesh import Mesh
 from parallel.world import World
 from tests.gloo_pool import GlooPool
@@ -103,13 +104,13 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp mla tied": (2, {"parallel": {"tp": 2}, "model": {"mla": MLA, "tie_embeddings": True}}),
     "tp4 with copies": (4, {"parallel": {"tp": 4}, "train": {"optimizer": {"name": "muon"}}}),
     "cp gather": (2, {"parallel": {"cp": 2}, "model": MOE_SECOND}),
-    "cp gather plain": (2, {"parallel": {"cp": 2}, "documents": False}),
+    "cp ring plain": (2, {"parallel": {"cp": 2, "context_method": "ring"}, "documents": False}),
     "cp ring": (2, {"parallel": {"cp": 2, "context_method": "ring"}, "train": {"precision": "bf16"}}),
     "cp ulysses": (2, {"parallel": {"cp": 2, "context_method": "ulysses"}, "model": {"mla": MLA}}),
     "cp4 ring": (4, {"parallel": {"cp": 4, "context_method": "ring"}}),
     "cp4 ulysses": (4, {"parallel": {"cp": 4, "context_method": "ulysses"}}),
     "ep": (2, {"parallel": {"ep": 2}, "model": MOE_SECOND}),
-    "expert tp": (2, {"parallel": {"expert_tp": 2}, "model": MOE_SECOND, "train": {"precision": "bf16"}}),
+    "expert tp": (2, {"parallel": {"expert_tp": 2}, "model": {"moe": {**MOE, "d_ff": 32}}, "train": {"precision": "bf16"}}),
     "ep tp fsdp2": (4, {"parallel": {"ep": 2, "tp": 2, "data_engine": "fsdp2"}, "model": MOE_SECOND}),
     "ep fsdp2 muon": (
         4, {"parallel": {"ep": 2, "data_engine": "fsdp2"}, "model": MOE_SECOND, "train": {"optimizer": {"name": "muon"}}}
@@ -149,6 +150,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         4, {"parallel": {"pp": 2, "data_engine": "fsdp2", "pipeline_schedule": "zbv"}, "model": FOUR,
             "train": {"micro_batch_size": 1}}
     ),
+    "pp dualpipev fsdp2": (
+        4, {"parallel": {"pp": 2, "data_engine": "fsdp2", "pipeline_schedule": "dualpipev"}, "model": FOUR,
+            "train": {"micro_batch_size": 1}}
+    ),
     "pp tp": (4, {"parallel": {"pp": 2, "tp": 2}, "model": MOE_SECOND}),
     "pp cp": (4, {"parallel": {"pp": 2, "cp": 2, "context_method": "ring"}}),
     "pp ep": (4, {"parallel": {"pp": 2, "ep": 2}, "model": {"moe": MOE}, "train": {"micro_batch_size": 1}}),
@@ -162,3 +167,46 @@ def test_every_byte_is_explained(gloo_ranks: GlooPool, name: str) -> None:
     ranks, case = CASES[name]
     for told in gloo_ranks(ranks, traced, case):
         check(told)
+
+
+def test_a_collective_that_no_formula_knows_shows(gloo_ranks: GlooPool) -> None:
+    for told in gloo_ranks(2, traced, {"parallel": {"data_engine": "fsdp2"}}, True):
+        for page in told:
+            assert not page.agrees
+            wrong = [row for row in page.rows if not row.agrees]
+            assert [(row.key.axis, row.key.kind, row.key.dtype) for row in wrong] == [
+                ("world", "all_reduce", "float64")
+            ]
+            assert wrong[0].count.most == wrong[0].expected_count.most + 1
+            assert wrong[0].num_bytes.most == wrong[0].expected_bytes.most + 3 * 8
+
+
+def page(*rows: tuple[str, int, int]) -> list[LedgerRow]:
+    return [LedgerRow(key=LedgerKey(axis="tp", kind=k, dtype="float32"), count=c, num_bytes=n) for k, c, n in rows]
+
+
+def due(kind: str, count: int, elements: int, **options: Any) -> Expected:
+    return expect("tp", kind, "float32", count=count, elements=elements, purpose="x", formula="n", **options)
+
+
+def test_equal_sums_of_unequal_ranks_are_no_agreement() -> None:
+    both = [[due("send", 2, 6)], [due("send", 2, 6)]]
+    assert compare([page(("send", 2, 24)), page(("send", 2, 24))], both)[0].agrees
+    assert not compare([page(("send", 2, 20)), page(("send", 2, 28))], both)[0].agrees
+    assert not compare([page(("send", 1, 24)), page(("send", 3, 24))], both)[0].agrees
+
+
+def test_rows_that_depend_on_the_data_agree_in_their_sum() -> None:
+    both = [[due("all_to_all", 2, 6, on_average=True)]] * 2
+    assert compare([page(("all_to_all", 2, 20)), page(("all_to_all", 2, 28))], both)[0].agrees
+    assert not compare([page(("all_to_all", 2, 20)), page(("all_to_all", 2, 24))], both)[0].agrees
+    assert not compare([page(("all_to_all", 1, 20)), page(("all_to_all", 3, 28))], both)[0].agrees
+
+
+def test_what_is_missing_or_unknown_is_a_row() -> None:
+    missing, unknown = compare([page(("send", 1, 4))], [[due("recv", 1, 1)]])
+    assert (missing.key.kind, missing.count.total, missing.expected_count.total) == ("recv", 0, 1)
+    assert (unknown.key.kind, unknown.count.total, unknown.expected_count.total) == ("send", 1, 0)
+    assert unknown.terms == ()
+    assert not missing.agrees
+    assert not unknown.agrees
