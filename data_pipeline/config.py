@@ -43,8 +43,8 @@ class DataConfig(BaseModel):
     """A file or folder for `text` and `jsonl`; for `huggingface` a local path, or a name on the hub."""
 
     file_pattern: str | None = Field(default=None, min_length=1)
-    """Which files below `path` to read (`text` and `jsonl`), as a glob relative to it. Default: `**/*.txt` for `text`,
-    `**/*.jsonl` for `jsonl`. Not used when `path` is a file."""
+    """Which files below `path` to read, as a glob relative to it (for `stdlib`, to the standard library). Default: all of
+    `stdlib`, `**/*.txt` for `text`, `**/*.jsonl` for `jsonl`. Not used when `path` is a file."""
 
     text_field: str = Field(default="text", min_length=1)
     """The field of a record that holds its text (`jsonl` and `huggingface`)."""
@@ -78,7 +78,7 @@ class DataConfig(BaseModel):
     def _fields_fit_source(self) -> "DataConfig":
         if self.source == "stdlib" and self.path is not None:
             raise ValueError('path has no meaning with source = "stdlib": remove it, or set source = "text"')
-        if self.file_pattern is not None and self.source not in ("text", "jsonl"):
+        if self.file_pattern is not None and self.source == "huggingface":
             raise ValueError(f'file_pattern has no meaning with source = "{self.source}": remove it')
         if self.file_pattern is not None and PurePosixPath(self.file_pattern).is_absolute():
             raise ValueError(f"file_pattern must be relative to path, this is absolute: {self.file_pattern!r}")

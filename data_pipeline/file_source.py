@@ -25,7 +25,7 @@ class FileCorpus:
         self._is_python = config.source == "stdlib"
         if self._is_python:
             self._root = Path(sysconfig.get_paths()["stdlib"])
-            self._paths = _python_sources(self._root)
+            self._paths = _python_sources(self._root, config.file_pattern)
         else:
             self._root, self._paths = find_files(config, default_pattern="**/*.txt")
 
@@ -84,7 +84,7 @@ def fingerprint_of_files(root: Path, paths: list[Path]) -> str:
     return sha256_of_json([[relative_name(path, root), sha256_of_file(path)] for path in paths])
 
 
-def _python_sources(root: Path) -> list[Path]:
+def _python_sources(root: Path, pattern: str | None) -> list[Path]:
     paths: list[Path] = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _STDLIB_LEFT_OUT]
@@ -93,6 +93,11 @@ def _python_sources(root: Path) -> list[Path]:
         raise DataError(
             f'{root}: this Python has no .py sources of its standard library: set data.source = "text" and data.path'
         )
+    if pattern is not None:
+        wanted = set(root.glob(pattern))
+        paths = [path for path in paths if path in wanted]
+        if not paths:
+            raise DataError(f"{root}: no source matches {pattern!r}: correct data.file_pattern")
     return sorted(paths)
 
 

@@ -191,7 +191,7 @@ class _WithLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BSD: Tensor, loss: Tensor) -> Tensor:
         ctx.loss_dtype = loss.dtype
-        return x_BSD.view_as(x_BSD)
+        return x_BSD.clone()  # no view: schedules that split the backward detach a stage's result in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from megamodel.train.callbacks.progress import ProgressLine
 from megamodel.train.callbacks.records import JsonlRecords, TensorBoardRecords
 from megamodel.train.checkpointing import Progress, RunCheckpoints, identity
 from megamodel.train.job import TrainingJob, TrainingResult
+from megamodel.train.layout import layout_demands
 from megamodel.train.optimizer import build_optimizers
 from megamodel.train.run_directory import RunDirectory
 from megamodel.train.step import TrainStep
@@ -27,6 +28,7 @@ from megamodel.train.trainer import LoopResult, Trainer, TrainingData
 from parallel.checkpoint.directory import CorruptCheckpoint
 from parallel.checkpoint.store import CheckpointStore
 from parallel.layout import resolve_layout
+from parallel.layout_check import layout_problems
 from parallel.mesh import Mesh
 from parallel.world import World, open_world
 
@@ -82,7 +84,7 @@ def _train(
     callbacks: list[Callback],
     on_accepted: Callable[[], None],
 ) -> TrainingResult:
-    _check_batch(job, world)
+    _check_layout(job, world)
     with CheckpointStore(directory.checkpoints, world, keep_last=job.train.checkpoint.keep_last) as store:
         found = store.latest(on_corrupt=lambda corrupt: _tell_corrupt(callbacks, corrupt))
         built = build_model(
@@ -167,13 +169,11 @@ def _check_agreement(job: TrainingJob, prepared: PreparedData, world: World) -> 
         )
 
 
-def _check_batch(job: TrainingJob, world: World) -> None:
-    micro = job.train.micro_batch_size or 1
-    if job.train.global_batch_size % (micro * world.world_size):
-        raise TrainingError(
-            f"train.global_batch_size ({job.train.global_batch_size}) must be a multiple of ranks * micro_batch_size "
-            f"({world.world_size} * {micro}): change one of the three"
-        )
+def _check_layout(job: TrainingJob, world: World) -> None:
+    """The command line has asked this before; a program that starts training itself has not."""
+    demands = layout_demands(job.model, job.train, seq_len=job.data.seq_len, device=job.device)
+    if problems := layout_problems(job.parallel, demands, world.world_size):
+        raise TrainingError("; ".join(problem.message for problem in problems))
 
 
 def _callbacks(job: TrainingJob, directory: RunDirectory, console: Console) -> list[Callback]:

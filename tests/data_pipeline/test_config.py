@@ -18,7 +18,7 @@ def test_defaults_are_the_quickstart_corpus() -> None:
         ({"source": "jsonl"}, "needs path"),
         ({"source": "huggingface"}, "needs path"),
         ({"source": "stdlib", "path": "x"}, "path has no meaning"),
-        ({"source": "stdlib", "file_pattern": "*.py"}, "file_pattern has no meaning"),
+        ({"source": "huggingface", "path": "x", "file_pattern": "*.py"}, "file_pattern has no meaning"),
         ({"source": "text", "path": "x", "file_pattern": "/etc/*"}, "must be relative"),
         ({"held_out_fraction": 1.0}, "less than 1"),
         ({"seq_len": 0}, "greater than or equal to 1"),

@@ -71,6 +71,17 @@ def test_stdlib_is_python_sources_without_tests(monkeypatch: pytest.MonkeyPatch,
     }
 
 
+def test_stdlib_can_be_narrowed_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("a.py", "json/b.py", "json/tests/c.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("pass")
+    monkeypatch.setattr(file_source.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    corpus = open_corpus(DataConfig(file_pattern="json/**/*.py"))
+    assert [corpus.read(index).name for index in range(len(corpus.document_hashes()))] == ["json/b.py"]
+    with pytest.raises(DataError, match="no source matches 'xml/"):
+        open_corpus(DataConfig(file_pattern="xml/*.py"))
+
+
 def test_stdlib_of_this_interpreter_is_there() -> None:
     names = open_corpus(DataConfig()).document_hashes()
     assert len(names) > 300
