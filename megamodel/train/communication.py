@@ -6,7 +6,7 @@ A formula is a claim about the code. Where it is not met, some change has added 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megamodel.train.communication_data import engine_terms, muon_terms, step_terms
@@ -60,8 +60,9 @@ class Comparison:
     expected_bytes: Spread
     terms: tuple[str, ...]
     """Purpose and formula of each reason for it, over all ranks; none where nothing of the kind was expected."""
-    agrees: bool
-    """Counts are equal on every rank, and bytes too (their sum, where the bytes of one rank depend on the data)."""
+    agrees: bool | None
+    """Counts are equal on every rank, and bytes too (their sum, where the bytes of one rank depend on the data). None:
+    there is nothing to compare with."""
 
     def as_data(self) -> dict[str, Any]:
         """For JSON."""
@@ -86,16 +87,27 @@ class StepCommunication:
     rows: tuple[Comparison, ...]
 
     @property
-    def agrees(self) -> bool:
-        """All of it is as expected."""
-        return all(row.agrees for row in self.rows)
+    def agrees(self) -> bool | None:
+        """All of it is as expected; None where nothing was to be expected."""
+        return None if any(row.agrees is None for row in self.rows) else all(row.agrees for row in self.rows)
+
+    def as_data(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"step": self.step, "agrees": self.agrees, "rows": [row.as_data() for row in self.rows]}
 
 
-def compare(measured: Sequence[Sequence[LedgerRow]], expected: Sequence[Sequence[Expected]]) -> tuple[Comparison, ...]:
-    """Both, by rank, as one table: a row for every kind of communication that was counted or expected on some rank."""
+def compare(
+    measured: Sequence[Sequence[LedgerRow]], expected: Sequence[Sequence[Expected] | None]
+) -> tuple[Comparison, ...]:
+    """Both, by rank, as one table: a row for every kind of communication that was counted or expected on some rank.
+
+    Where a rank expects None, no formula claims anything.
+    """
     counted = [{row.key: row for row in page} for page in measured]
-    keys = {key for page in counted for key in page} | {term.key for terms in expected for term in terms}
-    return tuple(_compare_one(key, counted, expected) for key in sorted(keys))
+    claims = [terms for terms in expected if terms is not None]
+    keys = {key for page in counted for key in page} | {term.key for terms in claims for term in terms}
+    rows = tuple(_compare_one(key, counted, [terms or () for terms in expected]) for key in sorted(keys))
+    return rows if len(claims) == len(expected) else tuple(replace(row, agrees=None) for row in rows)
 
 
 def _compare_one(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from data_pipeline.config import DataConfig
 from megamodel.model.config import ModelConfig
 from megamodel.train.config import TrainConfig
 from parallel.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from megamodel.train.communication import StepCommunication
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,12 @@ class TrainingJob:
     data: DataConfig
     parallel: ParallelConfig
     train: TrainConfig
+    trace_communication: bool = False
+    """Count what the first steps of this start send, and hold it against the formulas."""
+
+    def traced(self) -> TrainingJob:
+        """This job with its communication traced, and without torch.compile: what a compiled region sends is not seen."""
+        return replace(self, train=self.train.model_copy(update={"compile": "off"}), trace_communication=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +51,5 @@ class TrainingResult:
     tokens_per_s: float | None
     baselines: dict[str, float]
     """Bits per byte of general compressors on the same held-out bytes."""
+    communication: tuple[StepCommunication, ...] = ()
+    """Of the steps that were traced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megamodel.errors import TrainingError
 from megamodel.model.size import model_size, training_flops_per_token
 from megamodel.train.build import build_model, compute_dtype
 from megamodel.train.callbacks.base import Callback, RunFacts
+from megamodel.train.callbacks.communication import CommunicationTable
 from megamodel.train.callbacks.progress import ProgressLine
 from megamodel.train.callbacks.records import JsonlRecords, TensorBoardRecords
 from megamodel.train.checkpointing import Progress, RunCheckpoints, identity
@@ -24,6 +26,7 @@ from megamodel.train.layout import layout_demands
 from megamodel.train.optimizer import build_optimizers
 from megamodel.train.run_directory import RunDirectory
 from megamodel.train.step import TrainStep
+from megamodel.train.trace import CommunicationTrace
 from megamodel.train.trainer import LoopResult, Trainer, TrainingData
 from parallel.checkpoint.directory import CorruptCheckpoint
 from parallel.checkpoint.store import CheckpointStore
@@ -116,11 +119,12 @@ def _train(
             directory.forget_metrics_after(progress.step)
         _tell_start(callbacks, progress, built.notice)
         step = TrainStep(built, optimizers, max_norm=job.train.clip_grad_norm)
+        trace = CommunicationTrace(job, step, callbacks, first_step=progress.step + 1) if job.trace_communication else None
         trainer = Trainer(
             world=world,
             config=job.train,
             built=built,
-            step=step,
+            step=trace or step,
             data=data,
             checkpoints=checkpoints,
             callbacks=callbacks,
@@ -129,7 +133,8 @@ def _train(
         )
         ended = trainer.run()
     _tell_end(callbacks, ended)
-    return _result(job, prepared, directory, ended)
+    result = _result(job, prepared, directory, ended)
+    return replace(result, communication=tuple(trace.told)) if trace else result
 
 
 def _open_data(job: TrainingJob, prepared: PreparedData, world: World) -> TrainingData:
@@ -180,6 +185,7 @@ def _callbacks(job: TrainingJob, directory: RunDirectory, console: Console) -> l
     callbacks: list[Callback] = [
         ProgressLine(console, every_steps=job.train.log.every_steps),
         JsonlRecords(directory),
+        CommunicationTable(console),
     ]
     if job.train.log.tensorboard:
         callbacks.append(TensorBoardRecords(directory))

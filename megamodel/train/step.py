@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +50,16 @@ class StepResult:
     """Seconds in forward, backward and the reduction of gradients."""
     update_s: float
     """Seconds in clipping and the optimizers."""
+
+
+class Step(Protocol):
+    """One optimizer step over the global batch: a collective over all ranks."""
+
+    def __call__(
+        self, micro_batches: Sequence[TokenBatch], *, lr_factor: float, stop_requested: Callable[[], bool]
+    ) -> StepResult:
+        """See `TrainStep`."""
+        ...
 
 
 class TrainStep:

@@ -19,7 +19,7 @@ from megamodel.train.callbacks.base import Callback, RunFacts, StepRecord
 from megamodel.train.checkpointing import Progress, RunCheckpoints
 from megamodel.train.config import TrainConfig
 from megamodel.train.schedule import learning_rate_factor
-from megamodel.train.step import StepResult, TrainStep
+from megamodel.train.step import Step, StepResult
 from megamodel.train.stop import StopRequest
 from megamodel.train.validation import ValidationResult, validate
 from parallel.checkpoint.store import SaveHandle
@@ -63,7 +63,7 @@ class Trainer:
         world: World,
         config: TrainConfig,
         built: BuiltModel,
-        step: TrainStep,
+        step: Step,
         data: TrainingData,
         checkpoints: RunCheckpoints,
         callbacks: list[Callback],

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
+from data_pipeline.config import DataConfig
 from megamodel.train.batch import TokenBatch
 from megamodel.train.build import BuiltModel, build_model, compute_dtype
+from megamodel.train.callbacks.communication import CommunicationTable
 from megamodel.train.communication import StepCommunication, compare
-from megamodel.train.communication_facts import Expected, RunShape, expect
+from megamodel.train.communication_facts import Expected, expect
 from megamodel.train.config import TrainConfig
+from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.optimizer import build_optimizers
+from megamodel.train.run import train_in_world
+from megamodel.train.run_directory import RunDirectory
 from megamodel.train.step import TrainStep
-from megamodel.train.trace import TRACED_STEPS, TracedStep
+from megamodel.train.trace import TRACED_STEPS, CommunicationTrace
 from parallel.config import ParallelConfig
 from parallel.layout import resolve_layout
 from parallel.ledger import LedgerKey, LedgerRow
@@ -22,6 +31,7 @@ from parallel.mesh import Mesh
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 from tests.megamodel.small import MLA, MOE, random_tokens, small_config
+from tests.megamodel.train.jobs import prepared, small_job
 
 SEQ = 16
 BATCH = 8
@@ -29,38 +39,42 @@ MOE_SECOND = {"moe": {**MOE, "first_layer": 1, "num_shared_experts": 1}}
 FOUR = {"num_layers": 4}
 
 
-def batches(shape: RunShape, mesh: Mesh) -> list[TokenBatch]:
-    """The micro batches of this rank, some labels missing."""
-    share = shape.train.global_batch_size // shape.layout.num_data_ranks
-    tokens_BS = random_tokens(shape.model, share, SEQ, seed=mesh.data_rank)
-    documents_BS = (torch.arange(SEQ) >= 5).int().expand(share, -1) if shape.document_mask else None
+def job_of(case: dict[str, Any]) -> TrainingJob:
+    settings = {"precision": "fp32", "compile": "off", "global_batch_size": BATCH, "micro_batch_size": 2}
+    return TrainingJob(
+        run_directory=Path("unused"),
+        seed=3,
+        device="cpu",
+        model=small_config(vocab_size=96, **case.get("model", {})),
+        data=DataConfig(source="text", path="unused", seq_len=SEQ, document_mask=case.get("documents", True)),
+        parallel=ParallelConfig(**case.get("parallel", {})),
+        train=TrainConfig(**{**settings, **case.get("train", {})}),
+    )
+
+
+def batches(job: TrainingJob, mesh: Mesh, rows: int) -> list[TokenBatch]:
+    """The micro batches of this rank: two documents a row."""
+    share = job.train.global_batch_size // mesh.layout.num_data_ranks
+    tokens_BS = random_tokens(job.model, share, SEQ, seed=mesh.data_rank)
+    documents_BS = (torch.arange(SEQ) >= 5).int().expand(share, -1) if job.data.document_mask else None
     whole = TokenBatch(tokens_BS=tokens_BS, labels_BS=tokens_BS.roll(-1, 1), document_ids_BS=documents_BS)
     mine = whole.share(mesh.axis("cp"))
-    return [mine.rows(slice(start, start + shape.rows)) for start in range(0, share, shape.rows)]
+    return [mine.rows(slice(start, start + rows)) for start in range(0, share, rows)]
 
 
 def traced(world: World, case: dict[str, Any], extra: bool = False) -> list[StepCommunication]:
     """What the trace tells of the first steps; `extra` adds a collective that no formula knows."""
-    model = small_config(vocab_size=96, **case.get("model", {}))
-    parallel = ParallelConfig(**case.get("parallel", {}))
-    settings: dict[str, Any] = {
-        "precision": "fp32",
-        "compile": "off",
-        "global_batch_size": BATCH,
-        "micro_batch_size": 2,
-    }
-    train = TrainConfig(**{**settings, **case.get("train", {})})
-    mesh = Mesh(world, resolve_layout(parallel, world.world_size))
-    built = build_model(model, train, parallel, mesh=mesh, seed=3, seq_len=SEQ)
-    shape = RunShape(
-        model=model, layout=mesh.layout, parallel=parallel, train=train, seq_len=SEQ, rows=built.micro_batch_size,
-        document_mask=case.get("documents", True),
-    )  # fmt: skip
-    told: list[StepCommunication] = []
-    step = TracedStep(step_of(built, train), shape=shape, first_step=1, tell=told.append)
+    job = job_of(case)
+    mesh = Mesh(world, resolve_layout(job.parallel, world.world_size))
+    built = build_model(job.model, job.train, job.parallel, mesh=mesh, seed=job.seed, seq_len=SEQ)
+    trace = CommunicationTrace(job, step_of(built, job.train), [], first_step=1)
     for _ in range(TRACED_STEPS + 1):
-        step(batches(shape, mesh), lr_factor=1.0, stop_requested=lambda: _sum_unseen(world) if extra else False)
-    return told
+        trace(
+            batches(job, mesh, built.micro_batch_size),
+            lr_factor=1.0,
+            stop_requested=lambda: _sum_unseen(world) if extra else False,
+        )
+    return trace.told
 
 
 def _sum_unseen(world: World) -> bool:
@@ -210,3 +224,48 @@ def test_what_is_missing_or_unknown_is_a_row() -> None:
     assert unknown.terms == ()
     assert not missing.agrees
     assert not unknown.agrees
+
+
+def test_an_engine_without_formulas_is_counted_alone() -> None:
+    (row,) = compare([page(("send", 2, 24))], [None])
+    assert (row.agrees, row.count.total, row.expected_count.total) == (None, 2, 0)
+    assert StepCommunication(step=1, rows=(row,)).agrees is None
+
+
+def train_traced(world: World, job: TrainingJob) -> tuple[TrainingResult, str]:
+    console = Console(file=io.StringIO())
+    result = train_in_world(job.traced(), prepared(job), world, console=console)
+    return result, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_traced_run_tells_people_and_programs(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = small_job(tmp_path, engine="fsdp2", steps=3, validation={"every_steps": 1}, checkpoint={"every_steps": 1})
+    prepared(job)
+    (result, text), (other, silence) = gloo_ranks(2, train_traced, job)
+    assert [page.step for page in result.communication] == [1, 2]
+    assert all(page.agrees for page in result.communication)  # neither validation nor saving is in it
+    assert other.communication == result.communication
+    assert silence == ""
+    assert "step 1 · communication of a rank: as the formulas say" in text
+    assert "step 2 · communication of a rank: as the formulas say" in text
+    assert "parameters of each block: 2 * M * sum(N * ceil(d / N) * n / d) * w" in text
+    events = [json.loads(line) for line in RunDirectory(job.run_directory).events.read_text().splitlines()]
+    traces = [event for event in events if event["event"] == "communication"]
+    assert [event["step"] for event in traces] == [1, 2]
+    gathers = next(row for row in traces[0]["rows"] if row["kind"] == "all_gather" and row["axis"] == "dp_shard_cp")
+    assert gathers["count"] == gathers["expected_count"]
+    assert gathers["bytes"]["least"] > 0
+
+
+def test_the_table_names_what_differs() -> None:
+    console = Console(file=io.StringIO(), width=60)
+    rows = compare([page(("recv", 2, 2400), ("send", 1, 4))] * 2, [[due("recv", 2, 500)], [due("recv", 2, 600)]])
+    CommunicationTable(console).on_event("communication", **StepCommunication(step=7, rows=rows).as_data())
+    assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        "step 7 · communication of a rank: NOT as the formulas say",
+        "  tp  recv  float32  2 x  2,400 bytes  EXPECTED 2 x, 2,000 to 2,400 bytes",
+        "      x: n",
+        "  tp  send  float32  1 x      4 bytes  EXPECTED 0 x, 0 bytes",
+        "      no formula knows this communication",
+        "  (bytes are payload; symbols: docs/communication.md)",
+    ]
