@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from parallel.config import DeepSpeedConfig
-from parallel.data_parallel import DataParallel
+from parallel.data_parallel import DataParallel, UnitPredicate
 from parallel.errors import ParallelError
 from parallel.gradients import placed_parameters
 from parallel.mesh import Mesh
@@ -47,14 +47,19 @@ class EngineState:
 
 
 def check_deepspeed(config: DeepSpeedConfig, device: torch.device) -> None:
-    """Raises `ParallelError`, in one line, if DeepSpeed or something it needs for `config` is missing on this host.
-
-    Costs an import of DeepSpeed, so it is for the start of a rank. Not a collective.
-    """
-    _check_offload(config)
+    """Raises `ParallelError`, in one line, if DeepSpeed or something it needs for `config` is missing on this host. Costs
+    an import of DeepSpeed, so it is for the start of a rank."""
+    where = (config.offload_optimizer, config.offload_parameters)
+    if config.zero_stage != 3 and (config.offload_parameters != "none" or "nvme" in where):
+        raise ParallelError(
+            f"parallel.deepspeed: zero_stage {config.zero_stage} cannot offload parameters, nor anything to nvme; "
+            "use zero_stage 3"
+        )
+    if "nvme" in where and config.nvme_path is None:
+        raise ParallelError('parallel.deepspeed: offload to "nvme" needs nvme_path, a folder on a disk of each host')
     with _environment(DS_ACCELERATOR=device.type):
         _import_deepspeed(device)
-        if "nvme" in (config.offload_optimizer, config.offload_parameters):
+        if "nvme" in where:
             builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
             if not builder.is_compatible():
                 raise ParallelError(
@@ -71,13 +76,16 @@ def wrap_deepspeed(
     optimizer: Optimizer,
     compute_dtype: torch.dtype = torch.float32,
     reduce_dtype: torch.dtype = torch.float32,
+    is_unit: UnitPredicate | None = None,
 ) -> DeepSpeedParallel:
     """Hands `model` and `optimizer` over to DeepSpeed, which shards them over all ranks. A collective.
 
     `model` is materialised, with the same fp32 weights on every rank; `optimizer` is an AdamW of its parameters, whose
     learning rates are the peak ones. From here on only the engine may step it. With `compute_dtype` bf16, stages 2 and 3
     keep bf16 weights for compute beside sharded fp32 ones; stage 1 computes with fp32 weights, as the model casts them.
-    Gradients are accumulated in fp32, and summed over ranks in `reduce_dtype`.
+    Gradients are accumulated in fp32, and summed over ranks in `reduce_dtype`. `is_unit(name, module)` names the modules
+    that stage 3 gathers in one piece (a decoder's blocks); without it every layer inside is gathered by itself, by hooks
+    that torch.compile cannot see through.
 
     Raises `ParallelError` where DeepSpeed is missing or cannot do what is asked.
     """
@@ -86,21 +94,19 @@ def wrap_deepspeed(
     check_deepspeed(config, world.device)
     named = placed_parameters([model], {})
     placements = {placed.name: placed.placement for placed in named}
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    numel = sum(parameter.numel() for parameter in model.parameters())
+    numel = sum(placement.shape.numel() for placement in placements.values())
     settings = _settings(config, numel, compute_dtype, reduce_dtype, world.device)
     # DeepSpeed rounds weights to bf16 before it copies them to fp32.
-    whole = (
-        {placed.name: placed.parameter.detach().to("cpu", copy=True) for placed in named} if "bf16" in settings else {}
-    )
+    whole = {p.name: p.parameter.detach().to("cpu", copy=True) for p in named if "bf16" in settings}
     with _environment(DS_ACCELERATOR=world.device.type, LOCAL_RANK=str(world.local_rank)):
         deepspeed = _import_deepspeed(world.device)
-        # It would make a group of its own, with a time-out of its own, and keep it after that group has gone.
-        groups: Any = importlib.import_module("deepspeed.utils.groups")
-        groups._WORLD_GROUP = dist.group.WORLD
+        _start_afresh()
+        for name, module in model.named_modules():
+            if is_unit is not None and is_unit(name, module):
+                importlib.import_module("deepspeed.utils").set_z3_leaf_module(module, True)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     parallel = DeepSpeedParallel([model], mesh=mesh, placements=placements, engine_sums_data=True)
-    parallel.take(engine, optimizer, peaks, stage=config.zero_stage)
+    parallel.take(engine, optimizer, stage=config.zero_stage)
     if whole:
         parallel.import_state(EngineState(model=whole, optimizer={}))
     return parallel
@@ -113,14 +119,14 @@ class DeepSpeedParallel(DataParallel):
     methods are collectives over the world.
     """
 
-    def take(self, engine: Any, optimizer: Optimizer, peaks: list[float], *, stage: int) -> None:
+    def take(self, engine: Any, optimizer: Optimizer, *, stage: int) -> None:
         """What `wrap_deepspeed` has made."""
         self._engine = engine
         self._zero = engine.optimizer
         self._optimizer = optimizer
-        self._peaks = peaks
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
         self._sharded = stage == 3
-        self._loss_factor = float(self.mesh.world.world_size) if self._sharded else 1.0
+        self._loss_factor = self.mesh.world.world_size if self._sharded else 1
         self._norms: list[Tensor] | None = None
 
     @property
@@ -172,7 +178,6 @@ class DeepSpeedParallel(DataParallel):
         self._norms = None
         with self._answering([invalid]):
             self._engine.step()
-        assert not self._engine.was_step_applied()
 
     @contextmanager
     def _answering(self, norms: list[Tensor]) -> Iterator[None]:
@@ -217,12 +222,12 @@ class DeepSpeedParallel(DataParallel):
         for placed in parameters:
             entry_values = state.optimizer.get(placed.name, {})
             if placed is parameters[0]:
-                entries = sorted(entry for entry in entry_values if entry != "step")
+                entries = sorted(entry_values.keys() - {"step"})
                 self._reset_moments(entries)
-            if sorted(entry for entry in entry_values if entry != "step") != entries:
+            if sorted(entry_values.keys() - {"step"}) != entries:
                 raise ParallelError(
                     f"optimizer state of {placed.name} has the entries {sorted(entry_values)}, and that of "
-                    f"{parameters[0].name} has {[*entries, 'step']}: DeepSpeed steps all parameters by one rule"
+                    f"{parameters[0].name} {[*entries, 'step']}: DeepSpeed steps all parameters by one rule"
                 )
             self._scatter(placed.parameter, "", state.model[placed.name])
             for entry in entries:
@@ -250,7 +255,7 @@ class DeepSpeedParallel(DataParallel):
     def _moments(self) -> tuple[list[str], Tensor]:
         """Names of the optimizer's tensors, none before the first step, and the count of steps."""
         state = self._optimizer.state.get(self._flat_parameters()[0], {})
-        return sorted(entry for entry in state if entry != "step"), state.get("step", torch.zeros(())).cpu()
+        return sorted(state.keys() - {"step"}), state.get("step", torch.zeros(())).cpu()
 
     def _reset_moments(self, entries: list[str]) -> None:
         """Zeros for all `entries`, as AdamW would make in its first step."""
@@ -275,11 +280,8 @@ class DeepSpeedParallel(DataParallel):
 
     def _gather(self, parameter: nn.Parameter, entry: str, owner: int) -> Tensor:
         """The whole of a parameter ("") or of its optimizer's `entry`, in CPU memory on rank `owner`, empty elsewhere."""
-        utils = importlib.import_module("deepspeed.utils")
-        if entry:
-            whole = utils.safe_get_full_optimizer_state(parameter, entry)
-        else:
-            whole = utils.safe_get_full_fp32_param(parameter)
+        of = importlib.import_module("deepspeed.utils")
+        whole = of.safe_get_full_optimizer_state(parameter, entry) if entry else of.safe_get_full_fp32_param(parameter)
         return whole.to("cpu", copy=True) if owner == self.mesh.world.rank else torch.empty(0)
 
     def _scatter(self, parameter: nn.Parameter, entry: str, whole: Tensor) -> None:
@@ -291,9 +293,8 @@ class DeepSpeedParallel(DataParallel):
             else:
                 utils.safe_set_full_fp32_param(parameter, whole)
             return
-        part: Any = parameter
         world = self.mesh.world
-        size = part.ds_tensor.ds_numel
+        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
         padded = torch.zeros(size * world.world_size, dtype=whole.dtype)
         padded[: whole.numel()] = whole.flatten()
         local = padded[world.rank * size : (world.rank + 1) * size]
@@ -303,17 +304,6 @@ class DeepSpeedParallel(DataParallel):
         utils.safe_set_local_fp32_param(parameter, local)
         with importlib.import_module("deepspeed").zero.GatheredParameters([parameter], modifier_rank=0):
             parameter.copy_(whole)
-
-
-def _check_offload(config: DeepSpeedConfig) -> None:
-    where = (config.offload_optimizer, config.offload_parameters)
-    if config.zero_stage != 3 and (config.offload_parameters != "none" or "nvme" in where):
-        raise ParallelError(
-            f"parallel.deepspeed: zero_stage {config.zero_stage} cannot offload parameters, nor anything to nvme; "
-            "use zero_stage 3"
-        )
-    if "nvme" in where and config.nvme_path is None:
-        raise ParallelError('parallel.deepspeed: offload to "nvme" needs nvme_path, a folder on a disk of each host')
 
 
 def _check_model(model: nn.Module, mesh: Mesh, optimizer: Optimizer) -> None:
@@ -373,9 +363,8 @@ def _import_deepspeed(device: torch.device) -> Any:
         )
     accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator().device_name()
     if accelerator != device.type:
-        raise ParallelError(
-            f"DeepSpeed was imported for {accelerator} before, and this run is on {device.type}: set DS_ACCELERATOR={device.type}"
-        )
+        reason = f"DeepSpeed was imported for {accelerator} before, and this run is on {device.type}"
+        raise ParallelError(f"{reason}: set DS_ACCELERATOR={device.type}")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings(
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning
@@ -383,6 +372,17 @@ def _import_deepspeed(device: torch.device) -> Any:
     # Else it compiles an all-reduce through shared memory, half a minute, which only inference would use.
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
+
+
+def _start_afresh() -> None:
+    """What DeepSpeed keeps per process, as in a process that has had no other engine."""
+    groups: Any = importlib.import_module("deepspeed.utils.groups")
+    # It would make a group of its own, with a time-out of its own, and keep it after that group has gone.
+    groups._WORLD_GROUP = dist.group.WORLD
+    # Stage 3 numbers all modules and parameters it ever sees, and ranks compare their numbers.
+    offload: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload")
+    offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    importlib.import_module("deepspeed").zero.Init.param_id = 0
 
 
 @contextmanager
