@@ -30,6 +30,7 @@ def ended(result: TrainingResult, export_path: Path | None) -> dict[str, Any]:
         "baselines": result.baselines,
         "finished": result.finished,
         "export": str(export_path) if export_path else None,
+        "communication": [page.as_data() for page in result.communication] or None,
     }
 
 
@@ -48,6 +49,7 @@ def stopped_before_result(run_directory: Path) -> dict[str, Any]:
         "baselines": {},
         "finished": False,
         "export": None,
+        "communication": None,
     }
 
 

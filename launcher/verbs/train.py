@@ -29,13 +29,24 @@ if TYPE_CHECKING:
 _RESULT_NAME = "result.json"
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and say what would run; start nothing.")]
+TraceCommunication = Annotated[
+    bool,
+    typer.Option(
+        "--trace-communication", help="Count what the first two steps send, beside the formulas. Without torch.compile."
+    ),
+]
 
 
 def train(
-    out: Output, files: ConfigFiles, overrides: Overrides = None, ranks: NumRanks = None, dry_run: DryRun = False
+    out: Output,
+    files: ConfigFiles,
+    overrides: Overrides = None,
+    ranks: NumRanks = None,
+    dry_run: DryRun = False,
+    trace_communication: TraceCommunication = False,
 ) -> int:
     """Train a run, or continue it: the same command does both. Ctrl-C, SIGTERM and SIGUSR1 save, then end with 75."""
-    return run_training(out, files, overrides, ranks, dry_run)
+    return run_training(out, files, overrides, ranks, dry_run, trace_communication=trace_communication)
 
 
 def run_training(
@@ -46,6 +57,7 @@ def run_training(
     dry_run: bool = False,
     *,
     summary: bool = True,
+    trace_communication: bool = False,
 ) -> int:
     """The verb; without `summary` it does not say at the end where everything is."""
     from launcher.config import load_run_config
@@ -69,23 +81,29 @@ def run_training(
                 out.say(f"changed since the last start: {change}")
         if place.joins or num_ranks == 1:
             try:
-                return _train_here(out, loaded.config, place, summary=summary)
+                return _train_here(out, loaded.config, place, summary=summary, trace_communication=trace_communication)
             except SystemExit:  # stopped by a signal where nothing is left to save
                 if place.rank == 0 and not place.child_of_mega:
                     out.result(train_result.stopped_before_result(loaded.config.run_directory))
                 raise
-        return _train_in_children(out, loaded.config, files, overrides or (), num_ranks)
+        options = ["--trace-communication"] if trace_communication else []
+        return _train_in_children(out, loaded.config, files, overrides or (), num_ranks, options)
 
 
 def _train_in_children(
-    out: Output, config: RunConfig, files: list[Path], overrides: list[str] | tuple[str, ...], num_ranks: int
+    out: Output,
+    config: RunConfig,
+    files: list[Path],
+    overrides: list[str] | tuple[str, ...],
+    num_ranks: int,
+    options: list[str],
 ) -> int:
     from cluster.hardware import num_usable_cores
     from launcher.run_record import new_attempt
 
     attempt = new_attempt(RunDirectory(config.run_directory))
     sets = [argument for override in overrides for argument in ("--set", override)]
-    flags = ["--json"] if out.as_json else []
+    flags = [*options, *(["--json"] if out.as_json else [])]
     out.say(f"{num_ranks} ranks on this machine; the logs of ranks 1 and up: {attempt}")
     code = run_local_ranks(
         ["train", *map(str, files), *sets, "--ranks", str(num_ranks), *flags],
@@ -104,7 +122,7 @@ def _train_in_children(
     return code
 
 
-def _train_here(out: Output, config: RunConfig, place: Place, *, summary: bool) -> int:
+def _train_here(out: Output, config: RunConfig, place: Place, *, summary: bool, trace_communication: bool) -> int:
     """One rank: trains together with the others, then rank 0 alone exports and samples."""
     stop_before_first_step()
     # torch reads this once, when it is imported; what it warns of (such as a switch that DDP is given on purpose) is no
@@ -117,7 +135,8 @@ def _train_here(out: Output, config: RunConfig, place: Place, *, summary: bool) 
 
     speaks = place.rank == 0 or place.child_of_mega  # other ranks of `mega --ranks` have a log of their own
     console = Console(file=out.people, quiet=not speaks)
-    result = train_run(config.training_job, console=console, on_accepted=lambda: record_config(config))
+    job = config.training_job.traced() if trace_communication else config.training_job
+    result = train_run(job, console=console, on_accepted=lambda: record_config(config))
     if place.rank == 0:
         export_path = _finish(out, config) if result.finished else None
         if result.finished and summary:
