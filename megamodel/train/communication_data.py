@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megamodel.train.communication_facts import (
+    DTYPE_BYTES,
     DTYPE_NAMES,
     Expected,
     ParameterShare,
@@ -94,13 +95,14 @@ def _is_ddp(shape: RunShape) -> bool:
 
 
 def _ddp_buckets(parameters: Sequence[ParameterShare]) -> list[int]:
-    """Bytes of each bucket: in the order of registration, closed as soon as it reaches its limit."""
-    buckets = [0]
+    """Bytes of each bucket: of one type, in the order of registration, closed as soon as it reaches its limit."""
+    by_dtype: dict[str, list[int]] = {}
     for parameter in parameters:
+        buckets = by_dtype.setdefault(parameter.dtype, [0])
         if buckets[-1] >= _DDP_BUCKETS[min(len(buckets), len(_DDP_BUCKETS)) - 1]:
             buckets.append(0)
-        buckets[-1] += parameter.numel * 4
-    return buckets
+        buckets[-1] += parameter.numel * DTYPE_BYTES[parameter.dtype]
+    return [size for buckets in by_dtype.values() for size in buckets]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from parallel.placement import Placement
 from parallel.stages import stages_of_rank, stages_per_rank
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
-_DTYPE_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ def expect(
     return Expected(
         key=LedgerKey(axis=axis, kind=kind, dtype=dtype),
         count=count,
-        num_bytes=elements * _DTYPE_BYTES[dtype],
+        num_bytes=elements * DTYPE_BYTES[dtype],
         purpose=purpose,
         formula=formula,
         on_average=on_average,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from megamodel.train.batch import TokenBatch
 from megamodel.train.build import BuiltModel, build_model, compute_dtype
 from megamodel.train.callbacks.communication import CommunicationTable
 from megamodel.train.communication import StepCommunication, compare
-from megamodel.train.communication_facts import Expected, expect
+from megamodel.train.communication_data import _split_backwards
+from megamodel.train.communication_facts import Expected, RunShape, expect
 from megamodel.train.config import TrainConfig
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.optimizer import build_optimizers
@@ -24,14 +26,17 @@ from megamodel.train.run import train_in_world
 from megamodel.train.run_directory import RunDirectory
 from megamodel.train.step import TrainStep
 from megamodel.train.trace import TRACED_STEPS, CommunicationTrace
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, PipelineSchedule
 from parallel.layout import resolve_layout
 from parallel.ledger import LedgerKey, LedgerRow
 from parallel.mesh import Mesh
+from parallel.stages import SPLIT_BACKWARD_SCHEDULES
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 from tests.megamodel.small import MLA, MOE, random_tokens, small_config
 from tests.megamodel.train.jobs import prepared, small_job
+from tests.parallel.test_stages import _TORCH as TORCH_SCHEDULES
+from tests.parallel.test_stages import _Stage as Stage
 
 SEQ = 16
 BATCH = 8
@@ -45,7 +50,7 @@ def job_of(case: dict[str, Any]) -> TrainingJob:
         run_directory=Path("unused"),
         seed=3,
         device="cpu",
-        model=small_config(vocab_size=96, **case.get("model", {})),
+        model=small_config(**{"vocab_size": 96, **case.get("model", {})}),
         data=DataConfig(source="text", path="unused", seq_len=SEQ, document_mask=case.get("documents", True)),
         parallel=ParallelConfig(**case.get("parallel", {})),
         train=TrainConfig(**{**settings, **case.get("train", {})}),
@@ -104,6 +109,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {}),
     "ddp bf16 sums": (2, {"parallel": {"reduce_dtype": "bf16"}}),
     "ddp moe": (2, {"model": MOE_SECOND, "train": {"precision": "bf16"}}),
+    "ddp bf16 parameters": (2, {"parallel": {"param_dtype": "bf16"}, "train": {"precision": "bf16"}}),
+    "ddp buckets": (2, {"model": {"vocab_size": 9600, "tie_embeddings": True}}),
     "ddp muon": (2, {"train": {"optimizer": {"name": "muon"}}}),
     "fsdp2": (2, {"parallel": {"data_engine": "fsdp2"}}),
     "fsdp2 kept": (2, {"parallel": {"data_engine": "fsdp2", "reshard_after_forward": False}}),
@@ -201,6 +208,22 @@ def page(*rows: tuple[str, int, int]) -> list[LedgerRow]:
 
 def due(kind: str, count: int, elements: int, **options: Any) -> Expected:
     return expect("tp", kind, "float32", count=count, elements=elements, purpose="x", formula="n", **options)
+
+
+@pytest.mark.parametrize("schedule", SPLIT_BACKWARD_SCHEDULES)
+@pytest.mark.parametrize("pp", [2, 3, 4])
+def test_backwards_are_split_as_often_as_torchs_order_splits_them(schedule: PipelineSchedule, pp: int) -> None:
+    parallel = ParallelConfig(pp=pp, dp_shard=1, pipeline_schedule=schedule)
+    job = job_of({"model": {"num_layers": 2 * pp}, "train": {"global_batch_size": 12, "micro_batch_size": 1}})
+    shape = RunShape(
+        model=job.model, layout=resolve_layout(parallel, pp), parallel=parallel, train=job.train, seq_len=SEQ, rows=1,
+        document_mask=True,
+    )  # fmt: skip
+    stages = [Stage(index, 2 * pp, pp) for index in shape.stages_of(0)]
+    order = TORCH_SCHEDULES[schedule](stages, 12, loss_fn=lambda output, target: output).pipeline_order
+    actions = [part for acts in order.values() for action in acts if action for part in action.sub_actions or (action,)]
+    split = Counter(action.stage_index for action in actions if action.computation_type.name == "BACKWARD_WEIGHT")
+    assert {stage: _split_backwards(shape, stage) for stage in range(2 * pp)} == split
 
 
 def test_equal_sums_of_unequal_ranks_are_no_agreement() -> None:
