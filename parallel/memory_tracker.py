@@ -43,6 +43,7 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self._kinds = kinds
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._left_out: set[int] = set()
         self._current = 0
         self._peak = 0
         self._sorted_peak = 0
@@ -53,6 +54,15 @@ class MemoryTracker(TorchDispatchMode):
         """Counts tensors that were made before."""
         for storage in _storages(tensors):
             self._count(storage)
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """From here on does not count a tensor's memory: it stands for memory elsewhere."""
+        for storage in _storages([tensor]):
+            known = self._live.get(id(storage))
+            if known is not None:
+                self._current -= known[1]
+                self._live[id(storage)] = (known[0], 0)
+                self._left_out.add(id(storage))
 
     def reset_peak(self) -> None:
         """From here on the peak is that of what follows."""
@@ -99,12 +109,13 @@ class MemoryTracker(TorchDispatchMode):
         if known is None:
             self._live[key] = (weakref.ref(storage, lambda _: self._forget(key)), size)
             self._current += size
-        elif known[1] != size:
+        elif known[1] != size and key not in self._left_out:
             self._live[key] = (known[0], size)
             self._current += size - known[1]
 
     def _forget(self, key: int) -> None:
         self._current -= self._live.pop(key)[1]
+        self._left_out.discard(key)
 
     def _note_peak(self) -> None:
         if self._current <= self._peak:

@@ -38,13 +38,13 @@ def apply_activation_memory(
     config: ActivationMemoryConfig,
     *,
     compile_blocks: Callable[[Decoder], None] | None = None,
-) -> ActivationOffload | None:
+) -> None:
     """Changes `forward` of the blocks in `decoder.layers` in place; gradients stay what they were.
 
     `compile_blocks(decoder)` is called in between, since recomputation belongs inside the compiled region, where the
     compiler sees it, and offloading outside. Children of `decoder.layers` are named by their layer in the whole model, so
     that each n-th is the same one in any layout. Recomputation repeats collectives that are not kept, on all ranks in the
-    same order. Returns the store of `mode = "offload"`, which counts what it moves.
+    same order. `offload_of` finds the store of `mode = "offload"`.
     """
     chosen = [
         (int(name), block) for name, block in decoder.layers.named_children() if is_treated(int(name), config)
@@ -54,12 +54,15 @@ def apply_activation_memory(
             block.forward = _recomputed(block.forward, config)
     if compile_blocks is not None:
         compile_blocks(decoder)
-    if config.mode != "offload":
-        return None
-    offload = ActivationOffload()
-    for layer, block in chosen:
-        offload.wrap(block, layer)
-    return offload
+    if config.mode == "offload":
+        offload = ActivationOffload()
+        for layer, block in chosen:
+            offload.wrap(block, layer)
+
+
+def offload_of(decoder: Decoder) -> ActivationOffload | None:
+    """The store into which a decoder's blocks move what they save, if they do."""
+    return next((found for block in decoder.layers.values() if (found := getattr(block, "offload", None))), None)
 
 
 def is_treated(layer: int, config: ActivationMemoryConfig) -> bool:

@@ -43,6 +43,7 @@ class ActivationOffload:
                 return forward(*args)
 
         block.forward = offloaded
+        object.__setattr__(block, "offload", self)  # not a part of the module
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream on which this store copies."""

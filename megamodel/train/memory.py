@@ -12,7 +12,6 @@ from itertools import accumulate
 from megamodel.train.activation_bytes import FLOAT32, ActivationSetting, kept_by_block, saved_by_autograd
 from megamodel.train.activation_memory import is_treated
 from megamodel.train.communication_facts import RunShape
-from megamodel.train.config import ActivationMemoryConfig
 from megamodel.train.layout import layers_of_stages
 from megamodel.train.parameter_counts import UnitCount, block_count, root_count
 from parallel.stages import V_SCHEDULES
@@ -56,7 +55,7 @@ class _Stage:
     layers: range
     is_first: bool
     is_last: bool
-    in_flight: int
+    in_flight: float
 
 
 def predict_memory(shape: RunShape, *, pp_rank: int = 0, fused_kernels: bool = False) -> MemoryPrediction:
@@ -197,10 +196,10 @@ class _Prediction:
         for stage in self.stages:
             for layer in stage.layers:
                 for name, num_bytes in kept_by_block(self.setting, layer, self.memory).items():
-                    found[name] = found.get(name, 0) + num_bytes * stage.in_flight
+                    found[name] = found.get(name, 0) + round(num_bytes * stage.in_flight)
             if self.shape.layout.pp > 1:
                 name = "stage inputs and results"
-                found[name] = found.get(name, 0) + 2 * self._hidden_bytes() * stage.in_flight
+                found[name] = found.get(name, 0) + round(2 * self._hidden_bytes() * stage.in_flight)
         return found
 
     def _hidden_bytes(self) -> int:
@@ -244,11 +243,12 @@ class _Prediction:
             grads = sum(root.head_whole for root in roots) * self.gathered_bytes
         for stage in reversed(self.stages):
             for layer in reversed(stage.layers):
-                kept, whole, unit = self.kept(layer), self.whole(layer), blocks[layer]
-                recomputed = whole if is_treated(layer, self.memory) else 0
-                if self.memory.mode == "offload" and recomputed:
-                    recomputed += self.whole(layer - 1) if layer - 1 in stage.layers else 0
-                working = recomputed + self._backward_working(layer) + self._gathered(blocks, roots, layer)
+                kept, unit = self.kept(layer), blocks[layer]
+                working = (
+                    self._brought_back(layer, stage)
+                    + self._backward_working(layer)
+                    + self._gathered(blocks, roots, layer)
+                )
                 own = unit.whole * self.gathered_bytes if fresh else 0
                 moments.append(left + grads + working + own)
                 left -= kept
@@ -259,6 +259,20 @@ class _Prediction:
                 else:
                     grads += own
         return moments
+
+    def _brought_back(self, layer: int, stage: _Stage) -> int:
+        """What is recomputed or fetched for a block's backward: all that it saves, in place of what was kept. That is the
+        block's input (a part of what is saved, in fp32) or results, of which recomputation takes all but the last one, a g
+        D. Offloading fetches the block before as well."""
+        if not is_treated(layer, self.memory):
+            return 0
+        if self.memory.mode == "offload":
+            return self.whole(layer) + (self.whole(layer - 1) if layer - 1 in stage.layers else 0)
+        setting = self.setting
+        left_over = 0 if setting.activation_bytes == FLOAT32 else self._hidden_bytes()
+        if self.memory.mode == "selective" and "matmul" in self.memory.save:
+            left_over += setting.activation_bytes * setting.tokens_inside * self.shape.model.d_model
+        return max(0, self.whole(layer) - self.kept(layer)) + left_over
 
     def _at_reduction(self, units: list[UnitCount], gradients: int) -> int:
         """After the backward: all gradients; the embedding's, made in one piece (4 V D); the flat copies that are sent."""
@@ -311,11 +325,12 @@ class _Prediction:
         return [*blocks.values(), *roots]
 
 
-def in_flight(shape: RunShape, pp_rank: int) -> int:
-    """Micro batches whose activations a rank's stages hold at once, each stage, rounded up.
+def in_flight(shape: RunShape, pp_rank: int) -> float:
+    """Micro batches whose activations a rank's stages hold at once, mean over its v stages.
 
     gpipe: all. 1f1b: the stages still to come, pp - r. interleaved (Narayanan et al. 2021, section 2.2): (v - 1) pp +
-    2 (pp - r) - 1 forwards over v stages; with zero bubbles (v - 1) pp + pp - r. V schedules: pp for each of two stages.
+    2 (pp - r) - 1 forwards of one stage; with zero bubbles (v - 1) pp + pp - r. V schedules: 2 pp, and one more where two
+    directions overlap.
     """
     pp, schedule, micro = shape.layout.pp, shape.parallel.pipeline_schedule, shape.micro_batches
     if pp == 1:
@@ -326,12 +341,7 @@ def in_flight(shape: RunShape, pp_rank: int) -> int:
     if schedule == "1f1b":
         return min(micro, pp - pp_rank)
     if schedule in V_SCHEDULES:
-        return min(micro, pp + (schedule == "dualpipev"))
-    further = 2 * (pp - pp_rank) - 1 if schedule == "interleaved_1f1b" else pp - pp_rank
-    return min(micro, -(-((held - 1) * pp + further) // held))
-
-
-def without_mode(shape: RunShape) -> RunShape:
-    """The same run with everything kept."""
-    train = shape.train.model_copy(update={"activation_memory": ActivationMemoryConfig()})
-    return RunShape(**{**shape.__dict__, "train": train})
+        forwards = 2 * pp + (schedule == "dualpipev")
+    else:
+        forwards = (held - 1) * pp + (2 * (pp - pp_rank) - 1 if schedule == "interleaved_1f1b" else pp - pp_rank)
+    return min(micro, forwards / held)

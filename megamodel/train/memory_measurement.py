@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megamodel.model.config import ModelConfig
+from megamodel.train.activation_memory import offload_of
 from megamodel.train.batch import TokenBatch
 from megamodel.train.build import build_model, compute_dtype
 from megamodel.train.communication_facts import RunShape
@@ -51,8 +52,9 @@ def measure_step(
     with tracker:
         built = build_model(model, config, parallel, mesh=mesh, seed=0, seq_len=seq_len)
         engines.append(built.data_parallel)
-        for offload in built.offloads:
-            offload.on_moved = tracker.leave_out
+        for part in built.parts:
+            if (offload := offload_of(part)) is not None:
+                offload.on_moved = tracker.leave_out
         optimizers.append(
             build_optimizers(built.data_parallel.parameters(), config.optimizer, compute_dtype(config.precision), mesh)
         )

@@ -40,6 +40,17 @@ def test_what_was_there_before_and_a_new_peak() -> None:
         assert tracker.peak.total == 240
 
 
+def test_what_is_left_out() -> None:
+    with MemoryTracker() as tracker:
+        x = torch.zeros(100)
+        tracker.leave_out(x)
+        assert tracker.current.total == 0
+        y = x.view(10, 10) + 1
+        assert tracker.current.total == 400
+        del x, y
+        assert tracker.current.total == 0
+
+
 def test_kinds_at_the_peak() -> None:
     layer = nn.Linear(10, 10, bias=False)
     tracker = MemoryTracker(

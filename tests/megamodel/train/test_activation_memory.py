@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamodel.model.decoder import Decoder
 from megamodel.model.rope import rotary_table
-from megamodel.train.activation_memory import apply_activation_memory
+from megamodel.train.activation_memory import apply_activation_memory, offload_of
 from megamodel.train.activation_offload import ActivationOffload
 from megamodel.train.build import compile_blocks
 from megamodel.train.config import ActivationMemoryConfig
@@ -56,7 +56,8 @@ def gradients(decoder: Decoder, *, documents: bool = True) -> dict[str, Tensor]:
 
 
 def applied(decoder: Decoder, settings: dict[str, Any], **options: Any) -> ActivationOffload | None:
-    offload = apply_activation_memory(decoder, ActivationMemoryConfig(**settings), **options)
+    apply_activation_memory(decoder, ActivationMemoryConfig(**settings), **options)
+    offload = offload_of(decoder)
     if offload is not None:
         offload.smallest_bytes = 0
     return offload
