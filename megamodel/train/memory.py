@@ -189,7 +189,9 @@ class _Prediction:
             and layout.world_size > 1
             and layout.pp == layout.tp == layout.ep == layout.expert_tp == 1
         )
-        return self._all_gradients(units) if buckets or self._accumulates() else 0
+        # A pipeline that has all micro batches in flight is at its fullest before the first backward.
+        later = self.shape.micro_batches > max(stage.in_flight for stage in self.stages)
+        return self._all_gradients(units) if buckets or later else 0
 
     def _activations_by_tensor(self) -> dict[str, int]:
         found: dict[str, int] = {}
@@ -210,14 +212,15 @@ class _Prediction:
 
     def _at_loss(self, blocks: dict[int, UnitCount], roots: list[UnitCount], activations: int) -> int:
         """All activations, and for a chunk of C rows over V columns of this rank: its logits (a C V), four float32 tables of
-        its terms and one of booleans, the gradient of the output matrix (4 V D) and its cast copy (a V D)."""
+        its terms (logits among them in fp32; one more where V is cut), one of booleans, the gradient of the output matrix (4 V D) and its cast copy (a V D)."""
         if not self.stages[-1].is_last:
             return 0
         a, tokens, model = self.setting.activation_bytes, self.setting.tokens_inside, self.shape.model
         columns = model.vocab_size // self.shape.layout.tp
         rows = min(_CHUNK_ROWS, max(1, _CHUNK_LOGITS // columns), tokens)
         numbers = rows * columns
-        terms = numbers * (4 * FLOAT32 + 1 + (a if a != FLOAT32 else 0))
+        tables = 5 if self.shape.layout.tp > 1 else 4
+        terms = numbers * ((4 * FLOAT32 + a if a != FLOAT32 else tables * FLOAT32) + 1)
         product = a * (numbers + columns * model.d_model)
         matrix = FLOAT32 * columns * model.d_model + (a * columns * model.d_model if self._casts_output() else 0)
         hidden = self._final_norm_bytes() + 2 * a * tokens * model.d_model
