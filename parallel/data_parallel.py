@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -198,8 +199,8 @@ def wrap(
     `placements` says where each parameter lies in the whole (see `cut_modules`); whatever is not in it is whole.
     `param_dtype` (FSDP2 only) gathers and computes in that type, and keeps and steps parameters in their own.
     `reduce_dtype` is the type in which gradients are summed over ranks. `cpu_offload` (FSDP2 only) keeps shards, their
-    gradients and so the optimizer's state in CPU memory. FSDP2 takes a model on meta too (then `to_empty` and initialise
-    afterwards), the others do not.
+    gradients and so the optimizer's state in CPU memory. A model on meta (to be given memory and values
+    afterwards) is taken by all but DistributedDataParallel.
 
     With a `param_dtype`, FSDP2 leaves full-precision modules alone: plain tensors, whole and equal on every rank. So an
     optimizer that cannot take plain and sharded tensors in one group (a fused one) needs two groups.
@@ -210,10 +211,10 @@ def wrap(
         return _shard(parts, mesh, placements, units, param_dtype, reduce_dtype, reshard_after_forward, cpu_offload)
     if engine == "ddp" and param_dtype is not None:
         raise ParallelError('data_engine "ddp" has no param_dtype: compute under autocast, or use "fsdp2"')
-    if any(parameter.is_meta for part in parts for parameter in part.parameters()) and mesh.world.world_size > 1:
-        raise ParallelError('data_engine "ddp" needs a materialised model, and this one is on meta')
     layout = mesh.layout
     if layout.pp == layout.tp == layout.ep == layout.expert_tp == 1 and mesh.world.world_size > 1:
+        if any(parameter.is_meta for parameter in parts[0].parameters()):
+            raise ParallelError('data_engine "ddp" needs a materialised model, and this one is on meta')
         return _Replicated(parts[0], mesh=mesh, placements=placements, reduce_dtype=reduce_dtype)
     # DDP knows one group of ranks, and here experts and the rest have different ones.
     return DataParallel(parts, mesh=mesh, placements=placements, reduce_dtype=reduce_dtype)
@@ -248,7 +249,8 @@ def _shard(
     outer = [("dp_replicate",)] if mesh.size("dp_replicate") > 1 else []
     dense_mesh = mesh.device_mesh(*outer, ("dp_shard", "cp"))
     # The experts' grid is that of the rest unless experts, or the sequence between blocks, are spread otherwise.
-    own_grid = mesh.size("ep") * mesh.size("expert_tp") * mesh.size("tp") > 1
+    own_grid = mesh.size("ep", "expert_tp", "tp") > 1
+    expert_mesh = mesh.device_mesh(*outer, ("edp_shard",)) if own_grid else dense_mesh
     for part in parts:
         inner = _named_by(units.is_unit, part)
         if not inner:
@@ -257,11 +259,12 @@ def _shard(
             )
         # Not units of their own: dozens of tiny all-gathers, and hooks inside a block's forward, which torch.compile
         # cannot see through. All norms and routers of the largest models are 0.02% of their parameters.
-        apart = _named_by(units.is_full_precision, part) if param_dtype is not None else []
+        in_two_types = len({parameter.dtype for parameter in part.parameters()}) > 1
+        apart = _named_by(units.is_full_precision, part) if param_dtype is not None or in_two_types else []
         ignored = {parameter for module in apart for parameter in module.parameters()}
         for experts in _named_by(units.is_expert, part) if own_grid else []:
             if mesh.size("dp_replicate", "edp_shard") > 1 or cpu_offload:
-                _shard_experts(experts, mesh, outer, options)
+                _shard_experts(experts, expert_mesh, options)
             else:  # no other rank has these: gathering them from a group of one would only copy them
                 ignored.update(experts.parameters())
         for module in (*reversed(inner), part):  # an inner unit before the one around it
@@ -272,15 +275,15 @@ def _shard(
     return _Sharded(parts, mesh=mesh, placements=placements)
 
 
-def _shard_experts(experts: nn.Module, mesh: Mesh, outer: list[tuple[str]], options: dict[str, Any]) -> None:
+def _shard_experts(experts: nn.Module, mesh: DeviceMesh, options: dict[str, Any]) -> None:
     """A stack of few experts over many ranks is sharded along its next dim, where that can be done evenly."""
-    ranks = mesh.size("edp_shard")
+    ranks = mesh.size(mesh.ndim - 1)
 
     def dim_of(parameter: nn.Parameter) -> Shard:
         uneven = parameter.shape[0] % ranks != 0
         return Shard(1 if uneven and parameter.dim() > 1 and parameter.shape[1] % ranks == 0 else 0)
 
-    fully_shard(experts, mesh=mesh.device_mesh(*outer, ("edp_shard",)), shard_placement_fn=dim_of, **options)
+    fully_shard(experts, mesh=mesh, shard_placement_fn=dim_of, **options)
 
 
 def _named_by(predicate: UnitPredicate, model: nn.Module) -> list[nn.Module]:

@@ -21,6 +21,23 @@ if TYPE_CHECKING:
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp_shard", "ep", "expert_tp")
 
+# Every axis, and every set of axes whose ranks talk together.
+_GROUPS = (
+    ("pp",),
+    ("dp_replicate",),
+    ("cp",),
+    ("tp",),
+    ("cp", "tp"),
+    ("dp_shard", "cp"),
+    ("dp_replicate", "dp_shard", "cp"),
+    ("dp_replicate", "dp_shard", "cp", "tp"),
+    ("ep",),
+    ("expert_tp",),
+    ("ep", "expert_tp"),
+    ("edp_shard",),
+    ("dp_replicate", "edp_shard"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
@@ -48,7 +65,12 @@ def single_axis(name: str, rank: int = 0) -> Axis:
 
 
 class Mesh:
-    """The grid of one run, seen from one rank. `axis` and `device_mesh` are collectives over the ranks of that axis."""
+    """The grid of one run, seen from one rank. Making it, and `device_mesh`, `sub_axis` and `pipeline_ends`, is a collective
+    over the world: groups are made by all ranks, in one order.
+
+    torch names a group by its ranks and the number of groups that a process has. So ranks of another count wait for one
+    another in vain, and even a rank that has no use for a group of its own must make one.
+    """
 
     def __init__(self, world: World, layout: Layout) -> None:
         self.world = world
@@ -59,12 +81,11 @@ class Mesh:
         self._expert = grid.view([sizes[name] for name in EXPERT_AXES])
         self._axes: dict[tuple[str, ...], Axis] = {}
         self._device_meshes: dict[tuple[tuple[str, ...], ...], DeviceMesh] = {}
+        for names in _GROUPS:
+            self._axes[names] = self._make("_".join(names), self._neighbours(names))
 
     def axis(self, *names: str) -> Axis:
         """The ranks that share all coordinates with this one but those of `names` (in the mesh's order)."""
-        if names not in self._axes:
-            ranks = self._neighbours(names)
-            self._axes[names] = self._make("_".join(names), ranks)
         return self._axes[names]
 
     def sub_axis(self, name: str, size: int) -> Axis:
@@ -76,13 +97,13 @@ class Mesh:
             self._axes[key] = self._make(f"{name}_{size}", whole.ranks[start : start + size])
         return self._axes[key]
 
-    def across_stages(self, stages: tuple[int, ...]) -> Axis:
-        """The ranks at this one's place in each of some pipeline coordinates. Only ranks of these may call it."""
-        key = ("pp", *map(str, stages))
-        if key not in self._axes:
-            column = self.axis("pp").ranks
-            self._axes[key] = self._make("pp_tied", tuple(column[stage] for stage in stages))
-        return self._axes[key]
+    def pipeline_ends(self) -> Axis:
+        """The first and the last rank of the pipeline, on these two; on any other, itself alone."""
+        pp = self.axis("pp")
+        if pp.rank in (0, pp.size - 1):
+            return self._make("pp_tied", (pp.ranks[0], pp.ranks[-1]))
+        self._group("pp_tied_alone", (self.world.rank,))
+        return single_axis("pp_tied", self.world.rank)
 
     def device_mesh(self, *dims: tuple[str, ...]) -> DeviceMesh:
         """torch's view of some axes, each dim the flattening of axes: what FSDP2 wants. Every dim needs a group."""

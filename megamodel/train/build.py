@@ -27,14 +27,14 @@ from megamodel.train.config import TrainConfig
 from megamodel.train.layout import layers_of_stages, layout_demands
 from megamodel.train.passes import Passes, PipelinePasses, WholeModelPasses
 from megamodel.train.sharding_plan import is_expert, is_full_precision, is_gathered_unit, modules_to_cut
-from parallel.config import ParallelConfig
+from parallel.config import ParallelConfig, PipelineSchedule
 from parallel.context import context_attention
 from parallel.data_parallel import DataParallel, Units, wrap
 from parallel.experts import ExpertExchange, SequenceShards, SideStream
 from parallel.layout import micro_batch_size
 from parallel.mesh import Mesh
 from parallel.placement import Placement, piece_of
-from parallel.stages import stages_of_rank, stages_per_rank
+from parallel.stages import V_SCHEDULES, stages_of_rank, stages_per_rank
 from parallel.tensor_parallel import VocabularyLoss, cut_modules
 
 _EXPLICIT_UP_TO = 256
@@ -119,7 +119,7 @@ def plan_parts(
         part.compute_dtype = compute_dtype(train.precision)
         placements |= cut_modules(part, modules_to_cut(part, model), mesh)
         parts.append(part)
-    _tie_across_stages(parts, placements, model, mesh)
+    _tie_across_stages(placements, model, mesh, parallel.pipeline_schedule)
     for part in parts:
         if parallel.param_dtype == "bf16":
             _keep_in_bf16(part)
@@ -211,17 +211,15 @@ def compile_blocks(decoder: Decoder, *, whole_experts: bool = True) -> None:
 
 
 def _tie_across_stages(
-    parts: Sequence[Decoder], placements: dict[str, Placement], model: ModelConfig, mesh: Mesh
+    placements: dict[str, Placement], model: ModelConfig, mesh: Mesh, schedule: PipelineSchedule
 ) -> None:
     """A tied embedding is in the first and the last stage; both copies get the sum of both gradients."""
-    name = "embedding.weight"
-    if mesh.layout.pp == 1 or not model.tie_embeddings or name not in placements:
-        return
-    if any(part.is_first for part in parts) and any(part.is_last for part in parts):
-        return  # on one rank: see DataParallel.after_update
-    ends = mesh.across_stages((0, mesh.layout.pp - 1))
-    placement = placements[name]
-    placements[name] = replace(placement, sum_axes=(*placement.sum_axes, ends), num_stages=2)
+    if mesh.layout.pp == 1 or not model.tie_embeddings or schedule in V_SCHEDULES:
+        return  # one rank has both: see DataParallel.after_update
+    ends = mesh.pipeline_ends()
+    placement = placements.get("embedding.weight")
+    if placement is not None:
+        placements["embedding.weight"] = replace(placement, sum_axes=(*placement.sum_axes, ends), num_stages=2)
 
 
 def _keep_in_bf16(part: Decoder) -> None:

@@ -184,7 +184,7 @@ def test_a_failed_check_names_the_ranks(mega: Mega, tiny: Path) -> None:
     assert mega("config", "check", tiny, "--ranks", "2").code == 0
     ended = mega("config", "check", tiny, "--ranks", "3")
     assert ended.code == 2
-    assert "cannot be shared by 3 ranks evenly" in ended.err
+    assert "cannot be shared by 3 data ranks evenly" in ended.err
 
 
 def test_config_error_carries_its_problems() -> None:

@@ -43,7 +43,7 @@ def _train_with_signal(world: World, job: TrainingJob, rank: int, at_call: int, 
     from megamodel.train import run
 
     original = run.TrainStep
-    run.TrainStep = lambda **parts: _SignalAtStep(original(**parts), at_call, signal_number)  # type: ignore[assignment,misc]
+    run.TrainStep = lambda *args, **parts: _SignalAtStep(original(*args, **parts), at_call, signal_number)  # type: ignore[assignment,misc]
     try:
         return train_job(world, job)
     finally:
@@ -177,7 +177,7 @@ def test_more_steps_continue_a_finished_run(gloo_ranks: GlooPool, tmp_path: Path
 def test_a_batch_that_does_not_divide_is_refused(gloo_ranks: GlooPool, tmp_path: Path) -> None:
     job = small_job(tmp_path, global_batch_size=6, micro_batch_size=2)
     prepared(job)
-    with pytest.raises(RankFailureError, match=r"global_batch_size \(6\) must be a multiple of ranks"):
+    with pytest.raises(RankFailureError, match=r"global_batch_size = 6: cannot be shared by 2 data ranks of 2 samples"):
         gloo_ranks(2, train_job, job)
     assert TrainingError.exit_code == 1
 
