@@ -18,6 +18,7 @@ from launcher.output import Output
 from launcher.place import Place, find_place, ranks_to_start
 from launcher.rank_process import EXIT_STOPPED, failure_file, stop_before_first_step
 from launcher.verb import ConfigFiles, NumRanks, Overrides
+from launcher.verbs.simulate import SimulateRank, SimulateWorld, simulate
 from megamodel.train.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -44,8 +45,12 @@ def train(
     ranks: NumRanks = None,
     dry_run: DryRun = False,
     trace_communication: TraceCommunication = False,
+    simulate_world: SimulateWorld = None,
+    simulate_rank: SimulateRank = None,
 ) -> int:
     """Train a run, or continue it: the same command does both. Ctrl-C, SIGTERM and SIGUSR1 save, then end with 75."""
+    if simulate_world is not None or simulate_rank is not None:
+        return simulate(out, files, overrides, simulate_world, simulate_rank)
     return run_training(out, files, overrides, ranks, dry_run, trace_communication=trace_communication)
 
 

@@ -45,6 +45,13 @@ class ActivationOffload:
         block.forward = offloaded
         object.__setattr__(block, "offload", self)  # not a part of the module
 
+    def settle(self) -> None:
+        """Lets go of all that is being copied, as if the copies were done; what follows on the device waits for them."""
+        newest = None if self._newest is None else self._newest()
+        while newest is not None:
+            newest.release_origins()
+            newest = newest.previous
+
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream on which this store copies."""
         if device not in self._streams:

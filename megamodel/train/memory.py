@@ -6,6 +6,7 @@ Rajbhandari et al. 2020 (ZeRO), section 3, for what stays; Korthikanti et al. 20
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -34,7 +35,8 @@ class MemoryPrediction:
     activations: int
     """What all blocks keep for the backward, times m, and their inputs between pipeline stages."""
     working: int
-    """The most that a moment needs beside these: gathered parameters, the loss of a chunk, a block's backward."""
+    """The most that a moment needs beside these: gathered parameters, the loss of a chunk, a block's backward, copies of
+    gradients that are being sent."""
     peak: int
     """All of it at the fullest moment; less than the sum, since not everything is there at once."""
     activations_by_tensor: dict[str, int]
@@ -48,6 +50,19 @@ class ActivationReport:
     mode: str
     kept: int
     saved: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moment:
+    """Bytes of one moment of a step, beside parameters and optimizer."""
+
+    activations: int = 0
+    gradients: int = 0
+    working: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.gradients + self.working
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +158,13 @@ class _Prediction:
             *self._at_backwards(blocks, roots, activations),
             self._at_reduction(units, gradients),
         ]
-        peak = parameters + optimizer + max(moments)
         return MemoryPrediction(
             parameters=parameters,
             gradients=gradients,
             optimizer=optimizer,
             activations=activations,
-            working=max(0, peak - parameters - optimizer - gradients - activations),
-            peak=peak,
+            working=max(moment.working for moment in moments),
+            peak=parameters + optimizer + max(moment.total for moment in moments),
             activations_by_tensor=by_tensor,
         )
 
@@ -210,11 +224,12 @@ class _Prediction:
 
     # Moments of a step; each without parameters and optimizer.
 
-    def _at_loss(self, blocks: dict[int, UnitCount], roots: list[UnitCount], activations: int) -> int:
-        """All activations, and for a chunk of C rows over V columns of this rank: its logits (a C V), four float32 tables of
-        its terms (logits among them in fp32; one more where V is cut), one of booleans, the gradient of the output matrix (4 V D) and its cast copy (a V D)."""
+    def _at_loss(self, blocks: dict[int, UnitCount], roots: list[UnitCount], activations: int) -> _Moment:
+        """All activations, and for a chunk of C rows over V columns of this rank: its logits (a C V), four float32 tables
+        of its terms (in fp32 logits among them; one more where V is cut) and one of booleans, the gradient of the output
+        matrix (4 V D) and its cast copy (a V D)."""
         if not self.stages[-1].is_last:
-            return 0
+            return _Moment()
         a, tokens, model = self.setting.activation_bytes, self.setting.tokens_inside, self.shape.model
         columns = model.vocab_size // self.shape.layout.tp
         rows = min(_CHUNK_ROWS, max(1, _CHUNK_LOGITS // columns), tokens)
@@ -224,44 +239,36 @@ class _Prediction:
         product = a * (numbers + columns * model.d_model)
         matrix = FLOAT32 * columns * model.d_model + (a * columns * model.d_model if self._casts_output() else 0)
         hidden = self._final_norm_bytes() + 2 * a * tokens * model.d_model
-        gathered = self._gathered(blocks, roots, None)
-        return (
-            activations
-            + matrix
-            + max(terms, product)
-            + hidden
-            + gathered
-            + self._gradients_before(self._all(blocks, roots))
+        return _Moment(
+            activations=activations,
+            gradients=self._gradients_before([*blocks.values(), *roots]),
+            working=matrix + max(terms, product) + hidden + self._gathered(blocks, roots, None),
         )
 
-    def _at_backwards(self, blocks: dict[int, UnitCount], roots: list[UnitCount], activations: int) -> list[int]:
+    def _at_backwards(
+        self, blocks: dict[int, UnitCount], roots: list[UnitCount], activations: int
+    ) -> Iterator[_Moment]:
         """At the backward of each block: what earlier ones keep, this one's whole activations (recomputed or fetched), what
-        its operations need, and the gradients so far."""
-        moments = []
-        left = activations
-        units = self._all(blocks, roots)
-        grads = self._gradients_before(units)
-        fresh = grads == 0
+        its operations need, and the gradients so far; and where FSDP2 sends a block's gradients, at that."""
+        gradients = self._gradients_before([*blocks.values(), *roots])
+        fresh = gradients == 0
         if fresh:
-            grads = sum(root.head_whole for root in roots) * self.gathered_bytes
+            gradients = sum(root.head_whole for root in roots) * self.gathered_bytes
         for stage in reversed(self.stages):
             for layer in reversed(stage.layers):
-                kept, unit = self.kept(layer), blocks[layer]
-                working = (
-                    self._brought_back(layer, stage)
-                    + self._backward_working(layer)
-                    + self._gathered(blocks, roots, layer)
-                )
+                unit = blocks[layer]
                 own = unit.whole * self.gathered_bytes if fresh else 0
-                moments.append(left + grads + working + own)
-                left -= kept
+                working = self._brought_back(layer, stage) + self._backward_working(layer)
+                working += self._gathered(blocks, roots, layer)
+                yield _Moment(activations=activations, gradients=gradients + own, working=working)
+                activations -= self.kept(layer)
                 if self.sharded and not self._accumulates():
-                    reduction = unit.sharded_whole * (self.gathered_bytes + self.reduce)
-                    moments.append(left + grads + reduction + unit.whole * self.gathered_bytes)
-                    grads += self._kept_numbers(unit) * self.p
+                    sent = unit.sharded_whole * (self.gathered_bytes + self.reduce)
+                    sent += unit.whole * self.gathered_bytes
+                    yield _Moment(activations=activations, gradients=gradients, working=sent)
+                    gradients += self._kept_numbers(unit) * self.p
                 else:
-                    grads += own
-        return moments
+                    gradients += own
 
     def _brought_back(self, layer: int, stage: _Stage) -> int:
         """What is recomputed or fetched for a block's backward: all that it saves, in place of what was kept. That is the
@@ -277,20 +284,20 @@ class _Prediction:
             left_over += setting.activation_bytes * setting.tokens_inside * self.shape.model.d_model
         return max(0, self.whole(layer) - self.kept(layer)) + left_over
 
-    def _at_reduction(self, units: list[UnitCount], gradients: int) -> int:
+    def _at_reduction(self, units: list[UnitCount], gradients: int) -> _Moment:
         """After the backward: all gradients; the embedding's, made in one piece (4 V D); the flat copies that are sent."""
         model, layout = self.shape.model, self.shape.layout
         columns = model.vocab_size // layout.tp
         embedding = FLOAT32 * columns * model.d_model if self.stages[0].is_first else 0
         if self.sharded:
             # A pipeline reduces when it is through, unit by unit.
-            largest = max(unit.sharded_whole for unit in units)
-            return gradients + max(embedding, largest * (self.gathered_bytes + self.reduce))
-        alone = layout.world_size == 1
-        flat = min(_BUCKET_ELEMENTS, sum(unit.whole for unit in units))
-        return gradients + max(
-            embedding, 0 if alone else flat * (FLOAT32 + (self.reduce if self.reduce != FLOAT32 else 0))
-        )
+            sent = max(unit.sharded_whole for unit in units) * (self.gathered_bytes + self.reduce)
+        elif layout.world_size > 1:
+            flat = min(_BUCKET_ELEMENTS, sum(unit.whole for unit in units))
+            sent = flat * (FLOAT32 + (self.reduce if self.reduce != FLOAT32 else 0))
+        else:
+            sent = 0
+        return _Moment(gradients=gradients, working=max(embedding, sent))
 
     def _gathered(self, blocks: dict[int, UnitCount], roots: list[UnitCount], layer: int | None) -> int:
         """Parameters that FSDP2 has gathered: those outside blocks, and one block and the next on its way; or all blocks."""
@@ -323,9 +330,6 @@ class _Prediction:
 
     def _casts_output(self) -> bool:
         return self.gathered_bytes != self.setting.activation_bytes
-
-    def _all(self, blocks: dict[int, UnitCount], roots: list[UnitCount]) -> list[UnitCount]:
-        return [*blocks.values(), *roots]
 
 
 def in_flight(shape: RunShape, pp_rank: int) -> float:
