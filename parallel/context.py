@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
 
 from parallel import collectives
 from parallel.config import ContextMethod
@@ -81,7 +82,7 @@ class AllGatherAttention:
     Every rank of the axis calls `prepare` and `__call__`, and runs the backward, in the same order. With e bytes an element
     and P = B G S (width of k + width of v) elements of a rank's keys and values:
 
-    - `prepare`: with documents one all-gather of 8 B S bytes a rank, else nothing;
+    - `prepare`: with documents one all-gather of 4 B S bytes a rank (int32 ids), else nothing;
     - forward: one all-gather, e P bytes in from each rank, e P cp out;
     - backward: one reduce-scatter, e P cp bytes in, e P out. It sums in the dtype of k and v.
 
@@ -133,7 +134,7 @@ class UlyssesAttention:
 
     Every rank of the axis calls `prepare` and `__call__`, and runs the backward, in the same order. With e bytes an element:
 
-    - `prepare`: with documents one all-gather of 8 B S bytes a rank, else nothing;
+    - `prepare`: with documents one all-gather of 4 B S bytes a rank (int32 ids), else nothing;
     - forward: two all-to-alls: q, k, v together, e B S (H width_k + L (width_k + width_v)) bytes a rank, and the output,
       e B S H width_v; of each the part (cp - 1) / cp leaves the rank;
     - backward: the same two the other way round, the same bytes.
@@ -211,7 +212,10 @@ def _attend_to_end(q_BHQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask: Tensor 
     """torch's fused attention, by a mask or causal with the last query at the last key."""
     heads, groups = q_BHQD.shape[1], k_BGKD.shape[1]
     if mask is None:
-        bias: Any = causal_lower_right(q_BHQD.shape[2], k_BGKD.shape[2])
+        with (
+            _disable_current_modes()
+        ):  # a mode that watches operators, such as the ledger, refuses a new tensor subclass
+            bias: Any = causal_lower_right(q_BHQD.shape[2], k_BGKD.shape[2])
         return F.scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKD, attn_mask=bias, enable_gqa=heads != groups)
     if q_BHQD.is_cuda:  # no fused kernel there takes both a mask and fewer key heads: torch would make all scores
         k_BGKD, v_BGKD = (_repeat_heads(x, heads // groups) for x in (k_BGKD, v_BGKD))

@@ -59,7 +59,7 @@ class RingAttention:
     Every rank of the axis calls `prepare` and `__call__`, and runs the backward, in the same order. With e bytes an
     element and P = B G S (width of k + width of v) elements of a rank's keys and values (S = row / cp):
 
-    - `prepare`: with documents one all-gather of 8 B S bytes a rank, else nothing;
+    - `prepare`: with documents one all-gather of 4 B S bytes a rank (int32 ids), else nothing;
     - forward: cp - 1 messages sent (and received) per rank, e P bytes each: keys and values, to the next rank;
     - backward: 2 (cp - 1) messages sent per rank: keys and values again, e P bytes each, and their gradients, which travel
       with their block until they are home, max(e, 4) P bytes each, summed in float32.

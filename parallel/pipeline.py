@@ -21,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import schedules as torch_schedules
 
+from parallel.config import PipelineSchedule
 from parallel.errors import ParallelError
 from parallel.mesh import Axis
 from parallel.pipeline_stage import Mark, Stage, StagePart, Stopwatch, seconds_between
 
-__all__ = ["SPLIT_BACKWARD_IS_SOUND", "Pipeline", "PipelineTimes", "StagePart", "check_schedule", "stages_of_rank"]
+__all__ = ["SPLIT_BACKWARD_IS_SOUND", "Pipeline", "PipelineTimes", "StagePart", "check_schedule"]
 
 _SCHEDULES: dict[str, Any] = {
     "gpipe": torch_schedules.ScheduleGPipe,
@@ -91,7 +92,7 @@ class Pipeline:
         *,
         num_stages: int,
         axis: Axis,
-        schedule: str,
+        schedule: PipelineSchedule,
         num_micro_batches: int,
         hidden: Tensor,
         device: torch.device,
@@ -100,7 +101,7 @@ class Pipeline:
     ) -> None:
         check_schedule(schedule, pp=axis.size, num_stages=num_stages, num_micro_batches=num_micro_batches)
         held = tuple(part.index for part in parts)
-        expected = stages_of_rank(schedule, axis.rank, pp=axis.size, num_stages=num_stages)
+        expected = stages_of_rank(axis.rank, axis.size, num_stages, schedule)
         if held != expected:
             raise ParallelError(
                 f'pipeline_schedule "{schedule}": rank {axis.rank} of {axis.size} was given the stages {list(held)} of '
@@ -183,14 +184,7 @@ class Pipeline:
                 dist.recv(token, here, group=self._axis.group)
 
 
-def stages_of_rank(schedule: str, rank: int, *, pp: int, num_stages: int) -> tuple[int, ...]:
-    """The stages that a rank of the pipeline axis holds, in rising order."""
-    if schedule in _LAID_OUT_AS_V:
-        return rank, num_stages - 1 - rank
-    return tuple(range(rank, num_stages, pp))
-
-
-def check_schedule(schedule: str, *, pp: int, num_stages: int, num_micro_batches: int) -> None:
+def check_schedule(schedule: PipelineSchedule, *, pp: int, num_stages: int, num_micro_batches: int) -> None:
     """Raises `ParallelError` where a schedule cannot run with so many ranks, stages and micro batches a step."""
     if schedule not in _SCHEDULES:
         raise ParallelError(f'pipeline_schedule "{schedule}" is unknown: use one of {", ".join(_SCHEDULES)}')

@@ -41,19 +41,23 @@ def apply_activation_memory(
 ) -> None:
     """Changes `forward` of the blocks in `decoder.layers` in place; gradients stay what they were.
 
-    `compile_blocks(decoder)` is called in between, since recomputation belongs inside the compiled region, where the
-    compiler sees it, and offloading outside. Children of `decoder.layers` are named by their layer in the whole model, so
+    `compile_blocks(decoder)` is called in between: which operations are recomputed is for the compiler to see, and whole
+    blocks are recomputed or offloaded around what it has made, since of a block that it cannot take in one piece (context
+    or expert parallelism) it would compile nothing at all. So `selective` runs such blocks uncompiled. Children of `decoder.layers` are named by their layer in the whole model, so
     that each n-th is the same one in any layout. Recomputation repeats collectives that are not kept, on all ranks in the
     same order. `offload_of` finds the store of `mode = "offload"`.
     """
     chosen = [
         (int(name), block) for name, block in decoder.layers.named_children() if is_treated(int(name), config)
     ]  # fmt: skip
-    if config.mode in ("selective", "full"):
+    if config.mode == "selective":
         for _, block in chosen:
             block.forward = _recomputed(block.forward, config)
     if compile_blocks is not None:
         compile_blocks(decoder)
+    if config.mode == "full":
+        for _, block in chosen:
+            block.forward = _recomputed(block.forward, config)
     if config.mode == "offload":
         offload = ActivationOffload()
         for layer, block in chosen:

@@ -32,13 +32,13 @@ from parallel.context import context_attention
 from parallel.data_parallel import DataParallel, Units, wrap
 from parallel.experts import ExpertExchange, SequenceShards, SideStream
 from parallel.layout import micro_batch_size
-from parallel.mesh import Mesh
+from parallel.mesh import Axis, Mesh
 from parallel.placement import Placement, piece_of
 from parallel.stages import V_SCHEDULES, stages_of_rank, stages_per_rank
 from parallel.tensor_parallel import VocabularyLoss, cut_modules
 
 _EXPLICIT_UP_TO = 256
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class BuiltModel:
 
 def compute_dtype(precision: str) -> torch.dtype:
     """The type of activations for `train.precision`."""
-    return _DTYPES[precision]
+    return DTYPES[precision]
 
 
 def build_model(
@@ -88,6 +88,8 @@ def build_model(
     device = mesh.world.device
     notice = _missing_compiler(train.compile, device)
     compiled = train.compile != "off" and notice is None
+    if parallel.async_tp and mesh.size("tp") > 1:
+        _overlap_tensor_parallelism(mesh.axis("tp"))
     parts, placements = plan_parts(model, train, parallel, mesh=mesh, seq_len=seq_len, compiled=compiled)
     sharded = parallel.data_engine == "fsdp2"
     if not sharded:
@@ -131,6 +133,8 @@ def plan_parts(
 
 def layers_of_rank(model: ModelConfig, parallel: ParallelConfig, seq_len: int, pp_rank: int) -> list[LayerRange]:
     """The ranges of layers that a rank of the pipeline holds, in the order of the stages."""
+    if parallel.pp == 1:
+        return [LayerRange(first=0, end=model.num_layers)]
     split = layers_of_stages(model, parallel, seq_len=seq_len)
     ends = list(accumulate(split))
     stages = stages_of_rank(pp_rank, parallel.pp, len(split), parallel.pipeline_schedule)
@@ -154,7 +158,7 @@ def spread(
         engine=parallel.data_engine,
         units=Units(is_unit=is_gathered_unit, is_expert=is_expert, is_full_precision=is_full_precision),
         param_dtype=compute_dtype(train.precision) if casts else None,
-        reduce_dtype=_DTYPES[parallel.reduce_dtype],
+        reduce_dtype=DTYPES[parallel.reduce_dtype],
         reshard_after_forward=parallel.reshard_after_forward,
         cpu_offload=parallel.cpu_offload,
     )
@@ -208,6 +212,17 @@ def compile_blocks(decoder: Decoder, *, whole_experts: bool = True) -> None:
             moe.routed = torch.compiler.disable(moe.routed)
         # The forward, not the module: FSDP2's hooks around it must stay outside the compiled region.
         block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def _overlap_tensor_parallelism(tp: Axis) -> None:
+    """The compiler of CUDA code then cuts an all-gather and the product behind it, or a product and the reduce-scatter
+    behind it, into pieces that overlap. It does so for the whole process."""
+    import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    assert tp.group is not None
+    inductor._micro_pipeline_tp = True
+    enable_symm_mem_for_group(tp.group.group_name)
 
 
 def _tie_across_stages(

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from megamodel.errors import TrainingError
 from megamodel.train.build import BuiltModel
 from megamodel.train.job import TrainingJob
 from megamodel.train.optimizer import Optimizers
+from megamodel.train.run_state import run_state
 from parallel.checkpoint.directory import CheckpointInfo
 from parallel.checkpoint.store import CheckpointStore, SaveHandle
-from parallel.checkpoint.training_state import ModelTensor, load_training_state, model_tensors, training_state
-from parallel.placement import Placement
 from parallel.world import World
 
 
@@ -49,17 +46,14 @@ class RunCheckpoints:
     ) -> None:
         self._store = store
         self._world = world
-        self._modules: Sequence[nn.Module] = built.parts
-        self._placements: Mapping[str, Placement] = built.data_parallel.placements
-        self._after_load = built.data_parallel.after_update
-        self._optimizers = optimizers.members
+        self._state = run_state(built, optimizers)
         self._identity = identity(job, manifest_hash)
         self._model_config = job.model.model_dump(mode="json")
 
     def save(self, progress: Progress, *, record: dict[str, Any], asynchronous: bool) -> SaveHandle:
         """A collective. `record` (JSON) tells whoever reads the manifest how the run stood."""
         state = {
-            **training_state(self._tensors(), self._optimizers),
+            **self._state.entries(),
             "per_rank": {f"rank_{self._world.rank}": {"random": _random_state()}},
         }
         metadata = {
@@ -79,15 +73,11 @@ class RunCheckpoints:
         self._refuse_another_run(info)
         rank_key = f"rank_{self._world.rank}"
         others = {"per_rank": {rank_key: {"random": _random_state()}}}
-        loaded = load_training_state(self._store, info, self._tensors(), self._optimizers, others=others)
-        self._after_load()
+        loaded = self._state.load(self._store, info, others)
         # Other ranks than at the save: each goes on with a random state of its own.
         if not loaded.missing:
             _restore_random_state(RandomState(*loaded.state["per_rank"][rank_key]["random"]))
         return Progress(**info.manifest.metadata["progress"])
-
-    def _tensors(self) -> dict[str, ModelTensor]:
-        return model_tensors(self._modules, self._placements)
 
     def _refuse_another_run(self, info: CheckpointInfo) -> None:
         saved = info.manifest.metadata["identity"]

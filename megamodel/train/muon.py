@@ -71,7 +71,11 @@ class Muon(Optimizer):
                 updates = [self._with_momentum(parameter, group["momentum"]) for parameter in parameters]
                 for parameter, direction in zip(parameters, self._directions(parameters, updates), strict=True):
                     parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                    parameter.add_(direction, alpha=-0.2 * group["lr"] * max(parameter.shape[-2:]) ** 0.5)
+                    parameter.add_(direction, alpha=-0.2 * group["lr"] * max(self._whole_shape(parameter)[-2:]) ** 0.5)
+
+    def _whole_shape(self, parameter: Tensor) -> torch.Size:
+        placement = self._placements.get(parameter)
+        return parameter.shape if placement is None else placement.shape
 
     def _with_momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         state = self.state[parameter]

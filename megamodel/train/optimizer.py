@@ -27,14 +27,15 @@ class Optimizers:
         self._peaks = [[group["lr"] for group in member.param_groups] for member in members]
 
     def step(self, factor: float) -> None:
-        """Updates every parameter at `factor` times its peak learning rate."""
+        """Updates every parameter at `factor` times its peak learning rate, and drops all gradients."""
         for member, peaks in zip(self.members, self._peaks, strict=True):
             for group, peak in zip(member.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             member.step()
+        self.discard()
 
-    def zero_grad(self) -> None:
-        """Drops all gradients."""
+    def discard(self) -> None:
+        """Drops all gradients and updates nothing."""
         for member in self.members:
             member.zero_grad(set_to_none=True)
 

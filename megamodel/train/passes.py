@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megamodel.model.decoder import Decoder, HiddenTerms, LossTerms
 from megamodel.train.batch import TokenBatch, positions_of
+from parallel.config import PipelineSchedule
 from parallel.data_parallel import DataParallel
 from parallel.pipeline import Pipeline, StagePart
 
@@ -108,7 +109,7 @@ class PipelinePasses:
         *,
         stages: Sequence[int],
         num_stages: int,
-        schedule: str,
+        schedule: PipelineSchedule,
         num_micro_batches: int,
         micro_batch_size: int,
         seq_len: int,

@@ -15,7 +15,7 @@ from data_pipeline.prepare import prepare
 from data_pipeline.prepared import PreparedData, compression_baselines
 from megamodel.errors import TrainingError
 from megamodel.model.size import model_size, training_flops_per_token
-from megamodel.train.build import build_model, compute_dtype
+from megamodel.train.assemble import assemble
 from megamodel.train.callbacks.base import Callback, RunFacts
 from megamodel.train.callbacks.communication import CommunicationTable
 from megamodel.train.callbacks.progress import ProgressLine
@@ -23,7 +23,6 @@ from megamodel.train.callbacks.records import JsonlRecords, TensorBoardRecords
 from megamodel.train.checkpointing import Progress, RunCheckpoints, identity
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.layout import layout_demands
-from megamodel.train.optimizer import build_optimizers
 from megamodel.train.run_directory import RunDirectory
 from megamodel.train.step import TrainStep
 from megamodel.train.trace import CommunicationTrace
@@ -90,7 +89,7 @@ def _train(
     _check_layout(job, world)
     with CheckpointStore(directory.checkpoints, world, keep_last=job.train.checkpoint.keep_last) as store:
         found = store.latest(on_corrupt=lambda corrupt: _tell_corrupt(callbacks, corrupt))
-        built = build_model(
+        assembled = assemble(
             job.model,
             job.train,
             job.parallel,
@@ -98,9 +97,7 @@ def _train(
             seed=job.seed if found is None else None,
             seq_len=job.data.seq_len,
         )
-        optimizers = build_optimizers(
-            built.data_parallel.parameters(), job.train.optimizer, compute_dtype(job.train.precision), built.mesh
-        )
+        built, optimizers = assembled.built, assembled.optimizers
         store.overlap_with(optimizers.members)
         checkpoints = RunCheckpoints(
             store=store,
@@ -119,7 +116,9 @@ def _train(
             directory.forget_metrics_after(progress.step)
         _tell_start(callbacks, progress, built.notice)
         step = TrainStep(built, optimizers, max_norm=job.train.clip_grad_norm)
-        trace = CommunicationTrace(job, step, callbacks, first_step=progress.step + 1) if job.trace_communication else None
+        trace = (
+            CommunicationTrace(job, step, callbacks, first_step=progress.step + 1) if job.trace_communication else None
+        )
         trainer = Trainer(
             world=world,
             config=job.train,

@@ -89,7 +89,8 @@ class TrainStep:
         if not skipped:
             self.optimizers.step(lr_factor)
             self.built.after_update(None if sums.counts_LE is None else sums.counts_LE.to(self.world.device))
-        self.optimizers.zero_grad()
+        else:
+            self.optimizers.discard()
         router = None
         if sums.counts_LE is not None:
             router = RouterReport(

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from parallel.collectives import all_gather, reduce_scatter
 from parallel.layout import Layout
 from parallel.mesh import Axis, Mesh
-from parallel.pipeline import Pipeline, StagePart, stages_of_rank
+from parallel.pipeline import Pipeline, StagePart
+from parallel.stages import stages_of_rank
 from parallel.world import World
 
 # Shape suffixes: B rows of a micro batch, S tokens of a row, D width, T rows * tokens, V vocabulary.
@@ -123,7 +124,7 @@ def make(world: World, case: Case, layout: Layout) -> Made:
     mesh = Mesh(world, layout)
     pp, tp = mesh.axis("pp"), mesh.axis("tp")
     cuts = bounds(case.num_stages)
-    held = stages_of_rank(case.schedule, pp.rank, pp=pp.size, num_stages=case.num_stages)
+    held = stages_of_rank(pp.rank, pp.size, case.num_stages, case.schedule)
     parts = [Part(cuts[index], cuts[index + 1], tp, case.recompute) for index in held]
     if layout.num_data_ranks > 1:
         dims = (("dp_replicate",), ("dp_shard",)) if layout.dp_replicate > 1 else (("dp_shard",),)

@@ -16,7 +16,8 @@ from parallel.collectives import all_reduce
 from parallel.errors import ParallelError
 from parallel.layout import Layout
 from parallel.mesh import Axis, single_axis
-from parallel.pipeline import Pipeline, PipelineTimes, StagePart, check_schedule, stages_of_rank
+from parallel.pipeline import Pipeline, PipelineTimes, StagePart, check_schedule
+from parallel.stages import stages_of_rank
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 from tests.parallel.pipelines import NUM_LAYERS, B, Case, D, Part, S, batch, bounds, make
@@ -161,7 +162,7 @@ def test_fsdp2_reduces_each_unit_once_a_step(gloo_ranks: GlooPool, schedule: str
     cuts = bounds(case.num_stages)
     ends = {0, case.num_stages - 1}
     for rank, record in enumerate(found):
-        held = stages_of_rank(schedule, rank // 2, pp=2, num_stages=case.num_stages)
+        held = stages_of_rank(rank // 2, 2, case.num_stages, schedule)
         units = sum(cuts[index + 1] - cuts[index] + (index in ends) for index in held)
         assert record.reductions == [units, units]
 

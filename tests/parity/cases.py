@@ -96,6 +96,26 @@ def compositions() -> list[Case]:
     ]
 
 
+def compiled() -> list[Case]:
+    """Blocks compiled on both sides."""
+    on = {"compile": "on"}
+    return [
+        Case(ranks=2, moe=False, parallel={"tp": 2}, train=on),
+        Case(ranks=4, moe=False, parallel={"tp": 2, **FSDP}, train=on),
+        Case(ranks=2, parallel={"ep": 2}, train=on),
+    ]
+
+
+def recomputed() -> list[Case]:
+    """Each mode of activation memory, with collectives inside the blocks."""
+    layouts: list[dict[str, Any]] = [{"tp": 2, "ep": 2}, {"cp": 2, "context_method": "ring", **FSDP}, {"pp": 2}]
+    return [
+        Case(ranks=2, parallel=layout, train={"activation_memory": {"mode": mode}})
+        for layout in layouts
+        for mode in ("selective", "full", "offload")
+    ]
+
+
 def _wide(layout: dict[str, Any]) -> dict[str, Any]:
     """As many experts as the widest of the layouts needs."""
     return {"moe": {**MOE, "num_experts": 8}} if layout.get("ep", 1) > 4 else {}
@@ -139,7 +159,7 @@ def _draw_once(chance: random.Random, ranks: int) -> Case:
     if chance.random() < 0.4:
         train["activation_memory"] = {"mode": chance.choice(["selective", "full", "offload"])}
     if chance.random() < 0.25:
-        train["optimizer"] = {"name": "muon", "lr": 3e-3, "muon_lr": 3e-3, "eps": 1e-5}
+        train["optimizer"] = {"name": "muon", "lr": 1e-3, "muon_lr": 1e-3, "eps": 1e-5}
     model: dict[str, Any] = {"tie_embeddings": chance.random() < 0.3, "qk_norm": chance.random() < 0.3}
     model["num_kv_heads"] = chance.choice([1, 2, 4, 8])
     moe = chance.random() < 0.75

@@ -50,6 +50,8 @@ class JsonlRecords(Callback):
             "skipped": result.skipped,
             "skipped_steps": record.skipped_steps,
         }
+        if result.pipeline_bubble is not None:
+            line["pipeline_bubble"] = result.pipeline_bubble
         if result.router is not None:
             line["router_loss"] = _finite(result.router.loss)
             line["expert_counts"] = result.router.counts_LE.tolist()
@@ -107,6 +109,8 @@ class TensorBoardRecords(Callback):
         }
         if record.mfu is not None:
             scalars["throughput/mfu"] = record.mfu
+        if result.pipeline_bubble is not None:
+            scalars["throughput/pipeline_bubble"] = result.pipeline_bubble
         if result.router is not None:
             scalars |= _router_scalars(result.router)
         self._write(scalars, record.step)
