@@ -69,7 +69,8 @@ def gather_rows(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 @torch.no_grad()
 def gather_documents(document_ids_BS: Tensor | None, axis: Axis) -> Tensor | None:
-    """The document ids of whole rows in true order: one all-gather over the axis, of 4 B S / cp bytes a rank (int32 ids); or None.
+    """The document ids of whole rows in true order: one all-gather over the axis, of 4 B S / cp bytes a
+    rank (int32 ids); or None.
 
     Every rank of the axis calls it.
     """

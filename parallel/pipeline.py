@@ -25,6 +25,7 @@ from parallel.config import PipelineSchedule
 from parallel.errors import ParallelError
 from parallel.mesh import Axis
 from parallel.pipeline_stage import Mark, Stage, StagePart, Stopwatch, seconds_between
+from parallel.stages import stages_of_rank
 
 __all__ = ["SPLIT_BACKWARD_IS_SOUND", "Pipeline", "PipelineTimes", "StagePart", "check_schedule"]
 

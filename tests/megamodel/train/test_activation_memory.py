@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamodel.model.decoder import Decoder
+from megamodel.model.decoder import Decoder, Seams
 from megamodel.model.rope import rotary_table
+from megamodel.model.seams import ScaledDotProduct
 from megamodel.train.activation_memory import apply_activation_memory, offload_of
 from megamodel.train.activation_offload import ActivationOffload
 from megamodel.train.build import compile_blocks
@@ -182,5 +184,30 @@ def test_compiled_blocks(settings: dict[str, Any]) -> None:
     decoder = build(config)
     applied(decoder, settings, compile_blocks=compile_blocks)
     actual = gradients(decoder)
+    for name, grad in expected.items():
+        assert (actual[name] - grad).norm() <= 1e-6 * grad.norm() + 1e-9, name
+
+
+class InPieces(ScaledDotProduct):
+    """A core that the compiler does not take, as those of context parallelism."""
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any) -> Tensor:
+        return super().__call__(*args)
+
+
+@pytest.mark.compiler
+@pytest.mark.slow
+@requires("compiler")
+@pytest.mark.parametrize(("settings", "is_compiled"), [(MODES[0], False), (MODES[2], True)], ids=str)
+def test_blocks_that_compile_in_pieces(settings: dict[str, Any], is_compiled: bool) -> None:
+    config = small_config(num_layers=2)
+    expected = gradients(build(config))
+    decoder = build(config, seams=Seams(attention_core=InPieces()))
+    applied(decoder, settings, compile_blocks=compile_blocks)
+    torch._dynamo.reset()
+    counters.clear()
+    actual = gradients(decoder)
+    assert bool(counters["stats"]["unique_graphs"]) == is_compiled
     for name, grad in expected.items():
         assert (actual[name] - grad).norm() <= 1e-6 * grad.norm() + 1e-9, name
