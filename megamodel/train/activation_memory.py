@@ -43,9 +43,11 @@ def apply_activation_memory(
 
     `compile_blocks(decoder)` is called in between: which operations are recomputed is for the compiler to see, and whole
     blocks are recomputed or offloaded around what it has made, since of a block that it cannot take in one piece (context
-    or expert parallelism) it would compile nothing at all. So `selective` runs such blocks uncompiled. Children of `decoder.layers` are named by their layer in the whole model, so
-    that each n-th is the same one in any layout. Recomputation repeats collectives that are not kept, on all ranks in the
-    same order. `offload_of` finds the store of `mode = "offload"`.
+    or expert parallelism) it would compile nothing at all. So `selective` runs such blocks uncompiled.
+
+    Children of `decoder.layers` are named by their layer in the whole model, so that each n-th is the same one in any
+    layout. Recomputation repeats collectives that are not kept, on all ranks in the same order. `offload_of` finds the
+    store of `mode = "offload"`.
     """
     chosen = [
         (int(name), block) for name, block in decoder.layers.named_children() if is_treated(int(name), config)
