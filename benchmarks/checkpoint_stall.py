@@ -27,7 +27,9 @@ from torch import nn
 from parallel.checkpoint.store import CheckpointStore
 from parallel.checkpoint.training_state import model_tensors, training_state
 from parallel.config import ParallelConfig
-from parallel.data_parallel import DataParallel, wrap
+from parallel.data_parallel import DataParallel, Units, wrap
+from parallel.layout import Layout
+from parallel.mesh import Mesh
 from parallel.world import World, open_world
 
 BOUND = 0.05
@@ -40,10 +42,11 @@ class Training:
     def __init__(self, world: World, engine: Any, num_parameters: int) -> None:
         layers = [nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(max(1, round(num_parameters / WIDTH**2)))]
         self.parallel: DataParallel = wrap(
-            nn.Sequential(*layers).to(world.device),
-            mesh=world.data_mesh,
+            [nn.Sequential(*layers).to(world.device)],
+            mesh=Mesh(world, Layout(dp_shard=world.world_size)),
+            placements={},
             engine=engine,
-            is_unit=lambda name, module: isinstance(module, nn.Linear),
+            units=Units(is_unit=lambda name, module: isinstance(module, nn.Linear)),
         )
         self.optimizer = torch.optim.AdamW(self.parallel.model.parameters())
         self._batch = torch.randn(256, WIDTH, device=world.device)

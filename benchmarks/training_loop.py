@@ -45,6 +45,9 @@ from megamodel.train.job import TrainingJob
 from megamodel.train.optimizer import build_optimizers
 from megamodel.train.run import train_in_world
 from parallel.config import ParallelConfig
+from parallel.gradients import placed_parameters
+from parallel.layout import Layout
+from parallel.mesh import Mesh
 from parallel.world import World, open_world
 
 BOUNDS = {"bare": 0.95, "transformers": 1.1}
@@ -104,17 +107,19 @@ def bare_loop(
 
     `done` hears of each step: the sum of this rank's token losses, and the number of their tokens.
     """
-    group = world.new_control_group() if world.data_mesh is not None else None
+    group = world.new_control_group() if world.backend is not None else None
 
     def loop() -> None:
         # Alone in its world: the decoder that we train, compiled as we compile it, without our data parallelism.
-        alone = replace(world, data_mesh=None)
+        alone = Mesh(replace(world, rank=0, world_size=1, backend=None, control_group=None), Layout())
         seq_len = job.data.seq_len
-        decoder = build_model(job.model, job.train, job.parallel, world=alone, seed=job.seed, seq_len=seq_len).decoder
+        decoder = build_model(job.model, job.train, job.parallel, mesh=alone, seed=job.seed, seq_len=seq_len).decoder
         model: Any = decoder
-        if world.data_mesh is not None:
+        if world.backend is not None:
             model = DistributedDataParallel(decoder, process_group=group)
-        optimizers = build_optimizers(decoder, job.train.optimizer, decoder.compute_dtype, world).members
+        mesh = Mesh(world, Layout(dp_shard=world.world_size))
+        parameters = placed_parameters([decoder], {})
+        optimizers = build_optimizers(parameters, job.train.optimizer, decoder.compute_dtype, mesh).members
         rows = RowsOfMemmap(prepared=prepared, job=job, world=world, warmup_steps=warmup_steps)
         for tokens, labels, documents in rows:
             where = world.device

@@ -55,8 +55,8 @@ class Passes(Protocol):
     speaks: bool
     """Exactly one of the ranks that see the same tokens says so: it counts them, and their loss, for all."""
 
-    def train(self, micro_batches: Sequence[TokenBatch], loss_factor: float) -> PassResult:
-        """Leaves in the parameters the gradient of the summed loss times `loss_factor`, summed over ranks."""
+    def train(self, micro_batches: Sequence[TokenBatch], divisor: int) -> PassResult:
+        """Leaves in the parameters the gradient of the summed loss over `divisor`, summed over ranks."""
         ...
 
     def evaluate(self, batch: TokenBatch, *, with_graph: bool) -> TermSums:
@@ -81,13 +81,13 @@ class WholeModelPasses:
         self._decoder = part
         self.speaks = data_parallel.mesh.coordinate("tp") == 0
 
-    def train(self, micro_batches: Sequence[TokenBatch], loss_factor: float) -> PassResult:
+    def train(self, micro_batches: Sequence[TokenBatch], divisor: int) -> PassResult:
         """See `Passes`."""
         sums = new_sums(self._decoder)
         for index, batch in enumerate(micro_batches):
             with self._data_parallel.micro_step(is_last=index == len(micro_batches) - 1):
                 terms: LossTerms = self._data_parallel.module(batch.tokens_BS, **_keywords(batch))
-                self._data_parallel.backward((terms.token_loss_sum + terms.router_loss_sum) * loss_factor)
+                self._data_parallel.backward((terms.token_loss_sum + terms.router_loss_sum) / divisor)
             sums.add(terms, self._decoder)
             del terms  # or this batch's activations would live through the next one's forward
         return PassResult(sums=sums, bubble=None)
@@ -121,7 +121,7 @@ class PipelinePasses:
         self._data_parallel = data_parallel
         self._parts = [part for part in data_parallel.parts if isinstance(part, Decoder)]
         self.speaks = mesh.coordinate("tp") == 0 and any(part.is_last for part in self._parts)
-        self._loss_factor = 0.0
+        self._divisor = 1
         self._sums: TermSums = new_sums(self._parts[0])
         first = self._parts[0]
         hidden = torch.empty(
@@ -146,9 +146,9 @@ class PipelinePasses:
             reshard=reshard,
         )
 
-    def train(self, micro_batches: Sequence[TokenBatch], loss_factor: float) -> PassResult:
+    def train(self, micro_batches: Sequence[TokenBatch], divisor: int) -> PassResult:
         """See `Passes`."""
-        self._loss_factor = loss_factor
+        self._divisor = divisor
         self._sums = new_sums(self._parts[0])
         with self._data_parallel.micro_step(is_last=True):
             times = self._pipeline.train(
@@ -164,12 +164,12 @@ class PipelinePasses:
         return self._sums
 
     def stage_forward(self, part: Decoder, inputs: Tensor, keywords: dict[str, Any]) -> Tensor:
-        """One micro batch through one stage: hidden states, or the loss times the step's factor."""
+        """One micro batch through one stage: hidden states, or the loss over the step's divisor."""
         terms: LossTerms | HiddenTerms = part(inputs, **keywords)
         self._sums.add(terms, part)
-        router_loss = terms.router_loss_sum * self._loss_factor
+        router_loss = terms.router_loss_sum / self._divisor
         if isinstance(terms, LossTerms):
-            return terms.token_loss_sum * self._loss_factor + router_loss
+            return terms.token_loss_sum / self._divisor + router_loss
         if not router_loss.requires_grad:
             return terms.x_BSD
         x_BSD: Tensor = _WithLoss.apply(terms.x_BSD, router_loss)

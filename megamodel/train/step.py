@@ -81,7 +81,7 @@ class TrainStep:
         """
         started = time.perf_counter()
         num_valid, num_tokens = self._global_counts(micro_batches)
-        passed = self.passes.train(micro_batches, 1.0 / max(1, num_valid))
+        passed = self.passes.train(micro_batches, max(1, num_valid))
         grad_norm = self.built.data_parallel.clip_grad_norm(self.max_norm)
         sums = self._reduce(passed, grad_norm, stop_requested())
         computed = time.perf_counter()

@@ -53,6 +53,12 @@ def test_startup() -> None:
     assert set(result["median_s"]) == {"mega --help", "mega config check configs/quickstart.toml", "python -c pass"}
 
 
+def test_style_overhead_computes_the_same_loss() -> None:
+    result = run_script("style_overhead.py", "--rounds=2", "--seq-len=16", "--batch-size=2")
+    assert result["largest_relative_difference_of_first_losses"] <= 1e-6
+    assert result["ratios"].keys() >= {"tp = 1", "dp = 1, fsdp2"}
+
+
 def test_training_loop_does_the_same_work_as_the_bare_one(toy: list[str]) -> None:
     result = run_script("training_loop.py", *toy)
     assert result["largest_warmup_loss_difference"] == 0.0
