@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ class RowsForTransformers(Dataset[dict[str, torch.Tensor]]):
 def transformers_trainer(job: TrainingJob, prepared: PreparedData, setting: PeerSetting) -> Callable[[], None]:
     """The loop of `transformers.Trainer` with its defaults, except what makes the work equal or costs it time:
     same batch, bf16, AdamW with our rates, constant schedule; no reports, saves or progress bar."""
+    # accelerate imports DeepSpeed where it is installed, which tells stdout what it takes for the device unless it is told.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
     class Timed(TrainerCallback):

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
-from megamodel.train.run_directory import RunDirectory
 from tests.megamodel.train.jobs import write_corpus
+from tests.system.runs import Run, descendants, ranks_of
 
 STEPS = 60
 CONFIG = """
 [run]
 seed = 5
-directory = "{root}/runs"
 [model]
 preset = "moe-tiny"
 [data]
@@ -48,104 +41,50 @@ max_new_tokens = 2
 """
 
 
-@contextmanager
-def running(root: Path, name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`mega train` on two ranks. Whatever happens, it and the ranks that it started are gone at the end."""
-    command = [
-        sys.executable,
-        "-m",
-        "launcher",
-        "train",
-        str(root / "run.toml"),
-        "--ranks",
-        "2",
-        "--set",
-        f"run.name={name}",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with (root / f"{name}.out").open("ab") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    started = [psutil.Process(process.pid)]
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            started += started[0].children(recursive=True)
-            for member in started:
-                member.kill()
-            process.wait(timeout=30)
-
-
-def ranks_of(process: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
-    """The processes of the ranks, by rank."""
-    found = {}
-    for child in psutil.Process(process.pid).children():
-        if "RANK" in (environment := child.environ()):
-            found[int(environment["RANK"])] = child
-    return found
-
-
-def steps_done(root: Path, name: str) -> list[int]:
-    return [line["step"] for line in RunDirectory(root / "runs" / name).read_metrics() if "loss" in line]
-
-
-def figures(root: Path, name: str) -> list[tuple[int, float, float]]:
-    lines = RunDirectory(root / "runs" / name).read_metrics()
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
-
-
-def finish(root: Path, name: str) -> None:
-    with running(root, name) as process:
-        assert process.wait(timeout=120) == 0, (root / f"{name}.out").read_text()[-3000:]
+def _run(root: Path, name: str) -> Run:
+    return Run(root=root, name=name, config=root / "run.toml", ranks=2)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("kill")
     write_corpus(root / "corpus")
     (root / "run.toml").write_text(CONFIG.format(root=root, steps=STEPS))
-    finish(root, "whole")
-    return root
+    whole = _run(root, "whole")
+    whole.finish()
+    return whole
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "after_step"), [(1, 1), (0, 13), (1, 30)])
-def test_kill_9_of_a_rank_then_the_same_command(undisturbed: Path, rank: int, after_step: int) -> None:
-    root, name = undisturbed, f"killed-{rank}-{after_step}"
-    with running(root, name) as process:
-        deadline = time.monotonic() + 90
-        while len(steps_done(root, name)) < after_step:
-            assert process.poll() is None, (root / f"{name}.out").read_text()[-3000:]
-            assert time.monotonic() < deadline, "no step within 90 s"
-            time.sleep(0.01)
+def test_kill_9_of_a_rank_then_the_same_command(undisturbed: Run, rank: int, after_step: int) -> None:
+    run = _run(undisturbed.root, f"killed-{rank}-{after_step}")
+    with run.started() as process:
+        run.wait_until(process, lambda: len(run.figures()) >= after_step)
         members = ranks_of(process)
         members[rank].send_signal(signal.SIGKILL)
         assert process.wait(timeout=60) == 1
         # No orphan steps on.
         _, alive = psutil.wait_procs(list(members.values()), timeout=10)
         assert not alive
-    said = (root / f"{name}.out").read_text()
-    assert f"rank {rank}" in said
-    assert "SIGKILL" in said
-    assert len(steps_done(root, name)) < STEPS
-    finish(root, name)
-    assert figures(root, name) == figures(root, "whole")
+    assert f"rank {rank}" in run.said
+    assert "SIGKILL" in run.said
+    assert len(run.figures()) < STEPS
+    run.finish()
+    assert run.figures() == undisturbed.figures()
 
 
 @pytest.mark.slow
-def test_kill_9_of_the_launcher_leaves_no_rank(undisturbed: Path) -> None:
-    root, name = undisturbed, "launcher-killed"
-    with running(root, name) as process:
-        deadline = time.monotonic() + 90
-        while not steps_done(root, name):
-            assert process.poll() is None, (root / f"{name}.out").read_text()[-3000:]
-            assert time.monotonic() < deadline, "no step within 90 s"
-            time.sleep(0.01)
+def test_kill_9_of_the_launcher_leaves_no_rank(undisturbed: Run) -> None:
+    run = _run(undisturbed.root, "launcher-killed")
+    with run.started() as process:
+        run.wait_until(process, lambda: bool(run.figures()))
         members = ranks_of(process)
         assert len(members) == 2
         process.kill()
         process.wait(timeout=10)
         _, alive = psutil.wait_procs(list(members.values()), timeout=10)
         assert not alive
-    finish(root, name)
-    assert figures(root, name) == figures(root, "whole")
+        assert not descendants(process.pid)
+    run.finish()
+    assert run.figures() == undisturbed.figures()
