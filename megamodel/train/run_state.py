@@ -14,6 +14,7 @@ from megamodel.train.build import BuiltModel
 from megamodel.train.optimizer import Optimizers
 from parallel.checkpoint.directory import CheckpointInfo
 from parallel.checkpoint.fit import differences
+from parallel.checkpoint.pieces import in_pieces
 from parallel.checkpoint.store import CheckpointStore, LoadedState
 from parallel.checkpoint.training_state import load_training_state, model_tensors, training_state
 from parallel.checkpoint.transfer import WholeEntries
@@ -96,7 +97,7 @@ class _DeepSpeedState:
             for placed in self._engine.parameters()
         }
         wanted |= {f"model.{name}": buffer for name, buffer in self._buffers.items()}
-        if problems := differences(wanted, store.contents(info)):
+        if problems := differences(in_pieces(wanted), store.contents(info)):
             raise CheckpointError(
                 f"checkpoint {info.path} does not fit this run: {'; '.join(problems)}. "
                 "Continue with the configuration that it was saved with, or start a run of another name"
