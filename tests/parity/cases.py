@@ -10,7 +10,7 @@ from megamodel.train.config import TrainConfig
 from megamodel.train.layout import layout_demands
 from parallel.config import ParallelConfig
 from parallel.layout_check import layout_problems
-from tests.megamodel.small import small_config
+from tests.megamodel.small import MLA, small_config
 from tests.parity.harness import GLOBAL_BATCH, MOE, SEQ_LEN, SHAPE, Case
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
@@ -93,6 +93,27 @@ def compositions() -> list[Case]:
     return [
         Case(ranks=8, parallel=layout, train=small if layout.get("pp", 1) > 1 else {}, model=_wide(layout))
         for layout in eight
+    ]
+
+
+def variants() -> list[Case]:
+    """What else a layout may meet: latent attention, a selection bias, parameters in host memory, Muon under cuts."""
+    latent = {"mla": MLA}
+    bias = {"moe": {**MOE, "balance": "bias", "router_score": "sigmoid", "gate_scale": 2.5}}
+    muon = {"optimizer": {"name": "muon", "lr": 1e-3, "muon_lr": 1e-3, "eps": 1e-5}}
+    return [
+        Case(ranks=2, parallel={"tp": 2}, model=latent),
+        Case(ranks=2, parallel={"cp": 2, "context_method": "ring"}, model=latent),
+        Case(ranks=4, parallel={"tp": 2, "pp": 2, **FSDP}, model=latent),
+        Case(ranks=4, parallel={"tp": 2, "cp": 2, "context_method": "ulysses", **FSDP}, model=latent),
+        Case(ranks=2, parallel={"pp": 2, "pipeline_schedule": "interleaved_1f1b"}, model=bias),
+        Case(ranks=4, parallel={"ep": 2, "tp": 2, **FSDP}, model=bias),
+        Case(ranks=2, parallel={**FSDP, "cpu_offload": True}),
+        Case(ranks=4, parallel={"tp": 2, "ep": 2, **FSDP, "cpu_offload": True}),
+        Case(ranks=4, parallel={"tp": 4}, train=muon),
+        Case(ranks=4, parallel={"tp": 2, "ep": 2, "expert_tp": 2, **FSDP}, train=muon),
+        Case(ranks=4, parallel={"pp": 2, "tp": 2, "pipeline_schedule": "zbv"}, train=muon, model={"tie_embeddings": True}),
+        Case(ranks=4, parallel={"pp": 2, "tp": 2, **FSDP}, model={"tie_embeddings": True}),
     ]
 
 

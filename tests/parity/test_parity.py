@@ -69,6 +69,11 @@ def test_layouts_drawn_by_chance(check: Check, seed: int, ranks: int) -> None:
     check(cases.draw(1000 * ranks + seed, ranks))
 
 
+@pytest.mark.parametrize("case", cases.variants(), ids=_named)
+def test_other_models_and_optimizers(check: Check, case: Case) -> None:
+    check(case)
+
+
 @requires("compiler")
 @pytest.mark.compiler
 @pytest.mark.parametrize("case", cases.compiled(), ids=_named)
