@@ -116,3 +116,9 @@ def test_plot_loss(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "plot_loss.py"), str(tmp_path), str(picture)]
     subprocess.run(command, cwd=REPOSITORY, check=True, timeout=100)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory() -> None:
+    result = run_script("memory.py", "--cases", "plain", "full, MoE")
+    assert set(result["cases"]) == {"plain", "full, MoE"}
+    assert result["met"]  # bytes do not depend on the machine's load
