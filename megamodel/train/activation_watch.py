@@ -69,16 +69,23 @@ class ActivationWatch:
         on_cuda = built.mesh.world.device.type == "cuda"
         predicted = report_activations(shape, pp_rank=built.mesh.coordinate("pp"), fused_kernels=on_cuda)
         kept, whole = measured.total(built.parts, self._job.train.activation_memory)
+        saved = None if kept is None or whole is None else whole - kept
         details = {
+            "message": f"activation memory {predicted.mode}: a rank's blocks keep {_mib(kept)} of a micro batch (predicted "
+            f"{_mib(predicted.kept)}), which saves {_mib(saved)} (predicted {_mib(predicted.saved)})",
             "step": self._first_step + _WATCHED_CALL - 1,
             "mode": predicted.mode,
             "kept_bytes_predicted": predicted.kept,
             "kept_bytes_measured": kept,
             "saved_bytes_predicted": predicted.saved,
-            "saved_bytes_measured": None if kept is None or whole is None else whole - kept,
+            "saved_bytes_measured": saved,
         }
         for callback in self._callbacks:
             callback.on_event("activation_memory", **details)
+
+
+def _mib(num_bytes: int | None) -> str:
+    return "an unknown amount" if num_bytes is None else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 @dataclass(frozen=True, kw_only=True)

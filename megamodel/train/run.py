@@ -15,6 +15,7 @@ from data_pipeline.prepare import prepare
 from data_pipeline.prepared import PreparedData, compression_baselines
 from megamodel.errors import TrainingError
 from megamodel.model.size import model_size, training_flops_per_token
+from megamodel.train.activation_watch import ActivationWatch
 from megamodel.train.assemble import assemble
 from megamodel.train.callbacks.base import Callback, RunFacts
 from megamodel.train.callbacks.communication import CommunicationTable
@@ -24,7 +25,7 @@ from megamodel.train.checkpointing import Progress, RunCheckpoints, identity
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.layout import layout_demands
 from megamodel.train.run_directory import RunDirectory
-from megamodel.train.step import TrainStep
+from megamodel.train.step import Step, TrainStep
 from megamodel.train.trace import CommunicationTrace
 from megamodel.train.trainer import LoopResult, Trainer, TrainingData
 from parallel.checkpoint.directory import CorruptCheckpoint
@@ -116,14 +117,13 @@ def _train(
             directory.forget_metrics_after(progress.step)
         _tell_start(callbacks, progress, built.notice)
         step = TrainStep(built, optimizers, max_norm=job.train.clip_grad_norm)
-        trace = (
-            CommunicationTrace(job, step, callbacks, first_step=progress.step + 1) if job.trace_communication else None
-        )
+        first_step = progress.step + 1
+        trace = CommunicationTrace(job, step, callbacks, first_step=first_step) if job.trace_communication else None
         trainer = Trainer(
             world=world,
             config=job.train,
             built=built,
-            step=trace or step,
+            step=trace or _watched(job, step, callbacks, first_step),
             data=data,
             checkpoints=checkpoints,
             callbacks=callbacks,
@@ -134,6 +134,13 @@ def _train(
     _tell_end(callbacks, ended)
     result = _result(job, prepared, directory, ended)
     return replace(result, communication=tuple(trace.told)) if trace else result
+
+
+def _watched(job: TrainingJob, step: TrainStep, callbacks: list[Callback], first_step: int) -> Step:
+    """The step, which in its second call also says what the mode of activation memory saves, if there is one."""
+    if job.train.activation_memory.mode == "none":
+        return step
+    return ActivationWatch(job, step, callbacks, first_step=first_step)
 
 
 def _open_data(job: TrainingJob, prepared: PreparedData, world: World) -> TrainingData:
