@@ -76,11 +76,11 @@ def sharded_muon(world: World, shape: tuple[int, ...], placement: int | None) ->
         "weight_decay": 0.1,
         "momentum": 0.9,
         "dtype": torch.float32,
-        "axis": flat_mesh(world).axis("dp_shard"),
+        "axis": flat_mesh(world).axis("dp_shard", "cp"),
     }
     whole = torch.nn.Parameter(start.clone())
     places = [Replicate() if placement is None else Shard(placement)]
-    mesh = flat_mesh(world).device_mesh(("dp_shard",))
+    mesh = flat_mesh(world).device_mesh(("dp_shard", "cp"))
     shards = torch.nn.Parameter(distribute_tensor(start, mesh, places))
     for parameter in (whole, shards):
         optimizer = Muon([parameter], **settings)
@@ -115,7 +115,7 @@ def dealt_out_muon(world: World) -> tuple[bool, int]:
         calls += 1
         return original(x, dtype)
 
-    axes = (flat_mesh(world).axis("dp_shard"), single_axis("alone"))
+    axes = (flat_mesh(world).axis("dp_shard", "cp"), single_axis("alone"))
     for place in axes:
         parameters = [torch.nn.Parameter(start.clone()) for start in starts]
         optimizer = Muon(parameters, **settings, axis=place)
@@ -189,7 +189,7 @@ def test_schedules() -> None:
 def lone_matrix(world: World) -> bool:
     start, grad = torch.arange(48.0).reshape(6, 8), torch.linspace(-1, 1, 48).reshape(6, 8)
     results = []
-    axes = (flat_mesh(world).axis("dp_shard"), single_axis("alone"))
+    axes = (flat_mesh(world).axis("dp_shard", "cp"), single_axis("alone"))
     for place in axes:
         parameter = torch.nn.Parameter(start.clone())
         parameter.grad = grad.clone()
