@@ -32,14 +32,12 @@ STYLES: dict[str, tuple[int, tuple[str, ...]]] = {
     "deepspeed": (2, ("data_engine=deepspeed",)),
 }
 """The rank that is killed, and settings of `[parallel]`."""
-MICRO_BATCHES = "train.micro_batch_size=4"
-"""For pipelines, which otherwise take one sample at a time."""
 
 
 def _run(root: Path, name: str, ranks: int, *parallel: str) -> Run:
     common = [f"data.cache_directory={root}/cache", "train.checkpoint.every_steps=4", "train.log.tensorboard=false"]
     if any(setting.startswith("pp=") for setting in parallel):
-        common.append(MICRO_BATCHES)
+        common.append("train.micro_batch_size=4")  # pipelines would take one sample at a time
     settings = (*common, *(f"parallel.{setting}" for setting in parallel))
     return Run(root=root, name=name, config=CONFIG, ranks=ranks, settings=settings)
 
