@@ -78,7 +78,9 @@ def test_kill_9_of_a_rank_under_every_style(undisturbed: Run, style: str) -> Non
 def _assert_one_clear_cause(said: str, victim: int) -> None:
     causes = re.findall(r"error: .*", said, re.IGNORECASE)
     assert len(causes) == 1, said
-    assert re.fullmatch(rf"error: rank {victim} of {RANKS} was killed by SIGKILL.*the same command continues.*", causes[0])
+    assert re.fullmatch(
+        rf"error: rank {victim} of {RANKS} was killed by SIGKILL.*the same command continues.*", causes[0]
+    )
     assert "Traceback" not in said
 
 
