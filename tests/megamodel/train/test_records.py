@@ -103,6 +103,7 @@ def record(**changes) -> StepRecord:
     result = StepResult(
         loss=2.5, grad_norm=1.0, skipped=False, stop_requested=False, num_valid_tokens=100, num_tokens=100,
         router=None, compute_s=0.1, update_s=0.1,
+        pipeline_bubble=None,
     )  # fmt: skip
     values = {
         "step": 10, "tokens": 1000, "epoch": 0.5, "result": result, "lr": 1e-3, "step_time_s": 2.0, "data_s": 0.0,
