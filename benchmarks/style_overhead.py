@@ -62,7 +62,7 @@ def plain(config: ModelConfig, world: World) -> Step:
         clip_grad_norm_(decoder.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(terms.token_loss_sum) / labels_BS.numel()
+        return terms.token_loss_sum.item() / labels_BS.numel()
 
     return step
 
@@ -131,10 +131,10 @@ def measure(options: argparse.Namespace, world: World) -> dict[str, Any]:
 def main() -> int:
     """Measures and reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="moe-tiny", help="shape of the decoder")
+    parser.add_argument("--preset", default="moe-7m", help="shape of the decoder")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens of a sample")
     parser.add_argument("--batch-size", type=int, default=8, help="samples of a step")
-    parser.add_argument("--rounds", type=int, default=40, help="timed steps of each loop")
+    parser.add_argument("--rounds", type=int, default=16, help="timed steps of each loop")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_output_options(parser)
     options = parser.parse_args()

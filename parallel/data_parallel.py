@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -160,8 +159,10 @@ class _Sharded(DataParallel):
     in one piece at the end of a step.
     """
 
-    def __init__(self, parts: Sequence[nn.Module], *, mesh: Mesh, placements: Placements) -> None:
-        super().__init__(parts, mesh=mesh, placements=placements)
+    def __init__(
+        self, parts: Sequence[nn.Module], *, mesh: Mesh, placements: Placements, reduce_dtype: torch.dtype
+    ) -> None:
+        super().__init__(parts, mesh=mesh, placements=placements, reduce_dtype=reduce_dtype)
         for module in self._sharded_modules():
             module.set_gradient_divide_factor(1.0)
             # gloo has no pre-multiplied sum, which a divide factor would otherwise use.
@@ -262,9 +263,12 @@ def _shard(
         in_two_types = len({parameter.dtype for parameter in part.parameters()}) > 1
         apart = _named_by(units.is_full_precision, part) if param_dtype is not None or in_two_types else []
         ignored = {parameter for module in apart for parameter in module.parameters()}
-        for experts in _named_by(units.is_expert, part) if own_grid else []:
+        stacks = _named_by(units.is_expert, part)
+        of_experts = {parameter for experts in stacks for parameter in experts.parameters()}
+        options["shard_placement_fn"] = _evenly(of_experts, mesh.size("edp_shard"))
+        for experts in stacks if own_grid else []:
             if mesh.size("dp_replicate", "edp_shard") > 1 or cpu_offload:
-                _shard_experts(experts, expert_mesh, options)
+                fully_shard(experts, mesh=expert_mesh, **options)
             else:  # no other rank has these: gathering them from a group of one would only copy them
                 ignored.update(experts.parameters())
         for module in (*reversed(inner), part):  # an inner unit before the one around it
@@ -272,18 +276,18 @@ def _shard(
         for parameter in ignored:  # fully_shard brings all others to the mesh's device
             if not parameter.is_meta:
                 parameter.data = parameter.data.to(mesh.world.device)
-    return _Sharded(parts, mesh=mesh, placements=placements)
+    return _Sharded(parts, mesh=mesh, placements=placements, reduce_dtype=reduce_dtype)
 
 
-def _shard_experts(experts: nn.Module, mesh: DeviceMesh, options: dict[str, Any]) -> None:
-    """A stack of few experts over many ranks is sharded along its next dim, where that can be done evenly."""
-    ranks = mesh.size(mesh.ndim - 1)
+def _evenly(experts: set[nn.Parameter], ranks: int) -> Callable[[nn.Parameter], Shard | None]:
+    """A stack of few experts over many ranks is sharded along its next dim, where that can be done evenly: else few ranks
+    would hold all of it."""
 
-    def dim_of(parameter: nn.Parameter) -> Shard:
-        uneven = parameter.shape[0] % ranks != 0
-        return Shard(1 if uneven and parameter.dim() > 1 and parameter.shape[1] % ranks == 0 else 0)
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        inside = parameter in experts and parameter.shape[0] % ranks != 0 and parameter.shape[1] % ranks == 0
+        return Shard(1) if inside else None
 
-    fully_shard(experts, mesh=mesh, shard_placement_fn=dim_of, **options)
+    return placement
 
 
 def _named_by(predicate: UnitPredicate, model: nn.Module) -> list[nn.Module]:

@@ -325,7 +325,11 @@ def _settings(
     config: DeepSpeedConfig, numel: int, compute_dtype: torch.dtype, reduce_dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """DeepSpeed's own configuration. Sizes of batches mean nothing here, and accumulation is told in each micro step."""
-    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": min(numel, _BUCKET_ELEMENTS)}
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": min(numel, _BUCKET_ELEMENTS),
+        "memory_efficient_linear": False,  # it would put a linear of its own into torch, for the whole process and for good
+    }
     for key, place in (("offload_optimizer", config.offload_optimizer), ("offload_param", config.offload_parameters)):
         if place != "none":
             zero[key] = {"device": place, "pin_memory": device.type == "cuda"}

@@ -94,7 +94,7 @@ class GradientSums:
             for axis in axes:
                 by_axis.setdefault(axis, []).append(_local(parameter.grad))
         for axis in sorted(by_axis, key=lambda axis: axis.name):
-            for bucket in _buckets(by_axis[axis]):
+            for bucket in in_buckets(by_axis[axis], _BUCKET_ELEMENTS):
                 self._sum(bucket, axis)
 
     def _axes(self, placed: PlacedParameter) -> list[Axis]:
@@ -158,13 +158,16 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cuts a list so that the flat copy of a bucket stays small beside a large model's gradients."""
+def in_buckets(tensors: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Cuts a list so that what is made of a bucket's tensors stays small beside a large model: `limit` elements at most,
+    or one tensor."""
     bucket: list[Tensor] = []
-    for gradient in gradients:
-        if bucket and sum(other.numel() for other in bucket) + gradient.numel() > _BUCKET_ELEMENTS:
+    held = 0
+    for tensor in tensors:
+        if bucket and held + tensor.numel() > limit:
             yield bucket
-            bucket = []
-        bucket.append(gradient)
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += tensor.numel()
     if bucket:
         yield bucket

@@ -283,6 +283,18 @@ def _deepspeed_steps_adamw(case: Case) -> Violation | None:
     )
 
 
+def _deepspeed_keeps_fp32(case: Case) -> Violation | None:
+    """Its own fp32 copies would start from rounded weights."""
+    if case.config.data_engine != "deepspeed" or case.config.param_dtype == "fp32":
+        return None
+    return Violation(
+        keys=("parallel.param_dtype", "parallel.data_engine"),
+        reason=f'{stated(case, "parallel.param_dtype")}: parallel.data_engine = "deepspeed" keeps its weights in fp32',
+        mend_by=("parallel.param_dtype", "parallel.data_engine"),
+        choices={"parallel.param_dtype": ["fp32"], "parallel.data_engine": ["fsdp2"]},
+    )
+
+
 def _is_for_fsdp2(name: str, default: bool) -> Rule:
     def rule(case: Case) -> Violation | None:
         if case.config.data_engine == "fsdp2" or getattr(case.config, name) == default:
@@ -362,6 +374,7 @@ SETTING_RULES: tuple[Rule, ...] = (
     _deepspeed_offload("offload_parameters"),
     _nvme_has_a_folder,
     _deepspeed_steps_adamw,
+    _deepspeed_keeps_fp32,
     _overlap_is_compiled_for_cuda,
 )
 """What no degree can cure."""

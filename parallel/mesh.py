@@ -72,9 +72,11 @@ class Mesh:
     another in vain, and even a rank that has no use for a group of its own must make one.
     """
 
-    def __init__(self, world: World, layout: Layout) -> None:
+    def __init__(self, world: World, layout: Layout, *, host_tensors: bool = False) -> None:
+        """`host_tensors`: some of what the groups carry lies in CPU memory though the world computes on GPUs."""
         self.world = world
         self.layout = layout
+        self._host_tensors = host_tensors
         sizes = layout.axis_sizes
         grid = torch.arange(world.world_size)
         self._dense = grid.view([sizes[name] for name in DENSE_AXES])
@@ -150,6 +152,8 @@ class Mesh:
         return dist.new_group(
             list(ranks),
             timeout=self.world.timeout,
+            # On GPUs without the CPU's backend beside NCCL, whose groups connect when first used: gloo's connect at once.
+            backend="nccl" if self.world.backend == "nccl" and not self._host_tensors else None,
             use_local_synchronization=True,
             group_desc=name,
         )

@@ -25,7 +25,7 @@ from parallel.config import PipelineSchedule
 from parallel.errors import ParallelError
 from parallel.mesh import Axis
 from parallel.pipeline_stage import Mark, Stage, StagePart, Stopwatch, seconds_between
-from parallel.stages import stages_of_rank
+from parallel.stages import SINGLE_STAGE_SCHEDULES, V_SCHEDULES, stages_of_rank
 
 __all__ = ["SPLIT_BACKWARD_IS_SOUND", "Pipeline", "PipelineTimes", "StagePart", "check_schedule"]
 
@@ -37,8 +37,6 @@ _SCHEDULES: dict[str, Any] = {
     "zbv": torch_schedules.ScheduleZBVZeroBubble,
     "dualpipev": torch_schedules.ScheduleDualPipeV,
 }
-_ONE_STAGE_A_RANK = ("gpipe", "1f1b")
-_LAID_OUT_AS_V = ("zbv", "dualpipev")
 
 SPLIT_BACKWARD_IS_SOUND = torch.__version__ >= "2.13"
 """Whether this torch can compute the weights' gradients apart from the inputs'. Before 2.13 it added up the gradients of
@@ -125,7 +123,7 @@ class Pipeline:
             )
             for part in parts
         ]
-        stages: Any = self._stages[0] if schedule in _ONE_STAGE_A_RANK else self._stages
+        stages: Any = self._stages[0] if schedule in SINGLE_STAGE_SCHEDULES else self._stages
         self._schedule = _SCHEDULES[schedule](stages, num_micro_batches, loss_fn=_as_is, scale_grads=False)
         self._connect()
 
@@ -192,9 +190,9 @@ def check_schedule(schedule: PipelineSchedule, *, pp: int, num_stages: int, num_
     if pp < 2:
         raise ParallelError(f"a pipeline needs 2 ranks or more, and this axis has {pp}: run the model as one part")
     name = f'pipeline_schedule "{schedule}"'
-    if schedule in _ONE_STAGE_A_RANK and num_stages != pp:
+    if schedule in SINGLE_STAGE_SCHEDULES and num_stages != pp:
         raise ParallelError(f"{name} has one stage a rank: {num_stages} stages do not fit pp = {pp}; make {pp}")
-    if schedule in _LAID_OUT_AS_V and num_stages != 2 * pp:
+    if schedule in V_SCHEDULES and num_stages != 2 * pp:
         raise ParallelError(f"{name} has two stages a rank: {num_stages} stages do not fit pp = {pp}; make {2 * pp}")
     if num_stages % pp:
         raise ParallelError(

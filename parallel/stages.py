@@ -86,7 +86,9 @@ def split_layers(
     return best[num_layers][2]
 
 
-def bubble_fraction(schedule: PipelineSchedule, pp: int, num_micro: int, stages_per_rank: int = 1) -> float:
+def bubble_fraction(
+    schedule: PipelineSchedule, pp: int, num_micro: int, stages_per_rank: int = 1, *, split_backward: bool = True
+) -> float:
     """Expected share of a step in which a rank waits for the others (0 to 1), p ranks, m micro batches, v stages a rank.
 
     Assumes equal stages, free communication, and a backward that takes twice as long as the forward, half of it for the
@@ -95,11 +97,12 @@ def bubble_fraction(schedule: PipelineSchedule, pp: int, num_micro: int, stages_
     - `gpipe` (Huang et al. 2019), `1f1b` (PipeDream-Flush, Narayanan et al. 2020): (p - 1) / (m + p - 1).
     - `interleaved_1f1b` (Narayanan et al. 2021, section 2.2.2): (p - 1) / (v m + p - 1).
     - `interleaved_zero_bubble`, `zbv` (Qi et al. 2023, 2024) and `dualpipev` (DeepSeek-V3, section 3.2.1): all that is left
-      is the start, one forward a rank, since the optimizer steps on all ranks at once: (p - 1) / (3 v m + p - 1).
+      is the start, one forward a rank, since the optimizer steps on all ranks at once: (p - 1) / (3 v m + p - 1). Without
+      `split_backward` there are no weights' gradients to fill gaps with, and it is that of `interleaved_1f1b` at best.
     """
     if pp == 1:
         return 0.0
     if schedule in SINGLE_STAGE_SCHEDULES:
         return (pp - 1) / (num_micro + pp - 1)
-    parts = 3 if schedule in SPLIT_BACKWARD_SCHEDULES else 1
+    parts = 3 if schedule in SPLIT_BACKWARD_SCHEDULES and split_backward else 1
     return (pp - 1) / (parts * stages_per_rank * num_micro + pp - 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from megamodel.errors import TrainingError
 from megamodel.model.config import ModelConfig
@@ -24,7 +26,7 @@ from megamodel.model.loss import ChunkedTokenLoss, chunk_terms
 from megamodel.model.seams import InOrder, LocalExchange, ScaledDotProduct, WholeSequences
 from megamodel.train.activation_memory import apply_activation_memory
 from megamodel.train.config import TrainConfig
-from megamodel.train.layout import layers_of_stages, layout_demands
+from megamodel.train.layout import layers_of_stages, layout_demands, splits_backward
 from megamodel.train.passes import Passes, PipelinePasses, WholeModelPasses
 from megamodel.train.sharding_plan import is_expert, is_full_precision, is_gathered_unit, modules_to_cut
 from parallel.config import ParallelConfig, PipelineSchedule
@@ -34,7 +36,7 @@ from parallel.experts import ExpertExchange, SequenceShards, SideStream
 from parallel.layout import micro_batch_size
 from parallel.mesh import Axis, Mesh
 from parallel.placement import Placement, piece_of
-from parallel.stages import V_SCHEDULES, stages_of_rank, stages_per_rank
+from parallel.stages import SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, stages_of_rank, stages_per_rank
 from parallel.tensor_parallel import VocabularyLoss, cut_modules
 
 _EXPLICIT_UP_TO = 256
@@ -72,6 +74,22 @@ class BuiltModel:
                 part.update_balance_bias(counts_LE)
 
 
+def _without_effect(
+    train: TrainConfig, parallel: ParallelConfig, parts: Sequence[nn.Module], *, compiled: bool
+) -> Iterator[str]:
+    """What was asked for and does nothing here."""
+    schedule = parallel.pipeline_schedule
+    if parallel.pp > 1 and schedule in SPLIT_BACKWARD_SCHEDULES and not splits_backward(train, compiled=compiled):
+        yield (
+            f'parallel.pipeline_schedule = "{schedule}" fills idle time with the gradients of weights, which compiled blocks '
+            "and train.activation_memory do not leave apart: ranks wait as under interleaved_1f1b"
+        )
+    if parallel.cpu_offload and not any(isinstance(part, FSDPModule) for part in parts):
+        yield "parallel.cpu_offload does nothing: no rank shares its part of the model with another"
+    if parallel.data_engine == "deepspeed" and not torch.distributed.is_initialized():
+        yield "DeepSpeed is left out, and so is its offload: one process has no rank to share with"
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     """The type of activations for `train.precision`."""
     return DTYPES[precision]
@@ -89,6 +107,12 @@ def build_model(
     notice = _missing_compiler(train.compile, device)
     compiled = train.compile != "off" and notice is None
     if parallel.async_tp and mesh.size("tp") > 1:
+        if not compiled or device.type != "cuda":
+            raise TrainingError(
+                "parallel.async_tp = true: needs CUDA and torch.compile, and "
+                + ("the compiler is off" if device.type == "cuda" else f"this run is on the {device.type}")
+                + "; set parallel.async_tp = false"
+            )
         _overlap_tensor_parallelism(mesh.axis("tp"))
     parts, placements = plan_parts(model, train, parallel, mesh=mesh, seq_len=seq_len, compiled=compiled)
     sharded = parallel.data_engine == "fsdp2"
@@ -104,7 +128,8 @@ def build_model(
         passes=_passes(data_parallel, train, parallel, micro=micro, seq_len=seq_len, compiled=compiled),
         micro_batch_size=micro,
         compiled=compiled,
-        notice=notice,
+        notice="; ".join([*([notice] if notice else []), *_without_effect(train, parallel, parts, compiled=compiled)])
+        or None,
     )
 
 
@@ -222,7 +247,9 @@ def _overlap_tensor_parallelism(tp: Axis) -> None:
 
     assert tp.group is not None
     inductor._micro_pipeline_tp = True
-    enable_symm_mem_for_group(tp.group.group_name)
+    with warnings.catch_warnings():  # torch 2.11 needs it, and 2.13 says that it does not
+        warnings.simplefilter("ignore")
+        enable_symm_mem_for_group(tp.group.group_name)
 
 
 def _tie_across_stages(
@@ -315,7 +342,6 @@ def _passes(
         num_micro_batches=train.global_batch_size // (mesh.layout.num_data_ranks * micro),
         micro_batch_size=micro,
         seq_len=seq_len,
-        # Neither a compiled region nor one that is recomputed can be walked twice.
-        split_backward=not compiled and train.activation_memory.mode == "none",
+        split_backward=splits_backward(train, compiled=compiled),
         reshard=parallel.reshard_after_forward,
     )

@@ -140,7 +140,8 @@ def _own_grid(shape: RunShape) -> bool:
 
 
 def _is_sharded(shape: RunShape, parameter: ParameterShare) -> bool:
-    if shape.train.precision != "fp32" and has_style(parameter.name.rpartition(".")[0], "full_precision"):
+    in_two_types = "bf16" in (shape.train.precision, shape.parallel.param_dtype)
+    if in_two_types and has_style(parameter.name.rpartition(".")[0], "full_precision"):
         return False
     if parameter.is_expert and _own_grid(shape):
         return shape.axis_size(*_EXPERT) > 1 or shape.parallel.cpu_offload
@@ -152,7 +153,7 @@ def _unit_terms(shape: RunShape, part: PartShare, unit: _Unit) -> Iterator[Expec
     gathers = _gathers(shape, part)
     shards = shape.axis_size(*unit.grid[1:])
     axis = "_".join(unit.grid[1:])
-    elements = sum(_padded(p, shards, expert=unit.grid == _EXPERT) for p in unit.parameters)
+    elements = sum(_padded(p, shards) for p in unit.parameters)
     reduced = DTYPE_NAMES[shape.parallel.reduce_dtype]
     # Parameters that are kept in bfloat16 are gathered as they are.
     gathered = shape.activations if shape.parallel.param_dtype == "fp32" else DTYPE_NAMES[shape.parallel.param_dtype]
@@ -201,9 +202,9 @@ def _split_backwards(shape: RunShape, stage: int) -> int:
     return pp - rank + rank // 2 if stage < pp else pp - rank - 1 + (rank + 1) // 2
 
 
-def _padded(parameter: ParameterShare, shards: int, *, expert: bool) -> int:
+def _padded(parameter: ParameterShare, shards: int) -> int:
     """Elements of all shards together: each is as large as the largest."""
-    dim = _sharded_dim(parameter, shards) if expert else 0
+    dim = _sharded_dim(parameter, shards)
     length = parameter.shape[dim]
     return shards * math.ceil(length / shards) * (parameter.numel // length)
 
@@ -211,7 +212,7 @@ def _padded(parameter: ParameterShare, shards: int, *, expert: bool) -> int:
 def _sharded_dim(parameter: ParameterShare, shards: int) -> int:
     """Stacks of few experts are sharded inside the expert, where that goes evenly."""
     shape = parameter.shape
-    return 1 if shape[0] % shards and len(shape) > 1 and shape[1] % shards == 0 else 0
+    return 1 if parameter.is_expert and shape[0] % shards and shape[1] % shards == 0 else 0
 
 
 def _left_over(shape: RunShape, parts: Sequence[PartShare], place: Place) -> Iterator[Expected]:
@@ -234,7 +235,7 @@ def _own_elements(shape: RunShape, parts: Sequence[PartShare], parameter: Parame
         return parameter.numel
     expert = parameter.is_expert and _own_grid(shape)
     shards = shape.axis_size(*(_EXPERT if expert else _DENSE)[1:])
-    length = parameter.shape[_sharded_dim(parameter, shards) if expert else 0]
+    length = parameter.shape[_sharded_dim(parameter, shards)]
     share = math.ceil(length / shards)
     before = share * (place.expert_shard if expert else place.shard)
     return max(0, min(share, length - before)) * (parameter.numel // length)
@@ -312,7 +313,7 @@ def _gathered_by_muon(shape: RunShape, parameter: ParameterShare, grid: tuple[st
     if shards > 1 and (cuts or dim >= stack_dims):
         yield expect(
             "_".join(grid[1:]), "all_gather", parameter.dtype, count=1,
-            elements=_padded(parameter, shards, expert=grid == _EXPERT),
+            elements=_padded(parameter, shards),
             purpose="Muon's momentum, from FSDP2's shards", formula="sum(N * ceil(d / N) * n / d) * 4",
         )  # fmt: skip
     numel = parameter.numel

@@ -72,8 +72,18 @@ def run_plan(
         layers_of_stages=layers_of_stages(model, parallel, seq_len=seq_len),
         micro_batch_size=micro_batch_size(parallel, layout, demands),
         num_micro_batches=num_micro,
-        expected_bubble=bubble_fraction(parallel.pipeline_schedule, layout.pp, num_micro, held),
+        expected_bubble=bubble_fraction(
+            parallel.pipeline_schedule, layout.pp, num_micro, held, split_backward=splits_backward(train)
+        ),
     )
+
+
+def splits_backward(train: TrainConfig, *, compiled: bool | None = None) -> bool:
+    """Whether a pipeline stage may compute its weights' gradients apart: neither a compiled block nor one whose activations
+    are recomputed or moved can be walked twice. Before a run knows, `compile = "auto"` counts as compiled."""
+    if compiled is None:
+        compiled = train.compile != "off"
+    return not compiled and train.activation_memory.mode == "none"
 
 
 def layers_of_stages(model: ModelConfig, parallel: ParallelConfig, *, seq_len: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ can be made orthogonal. Both are done here; on 2-D unsharded parameters the resu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.optim import Optimizer
 
 from parallel.collectives import all_gather
+from parallel.gradients import in_buckets
 from parallel.mesh import Axis
 from parallel.placement import Cut, Placement
 
@@ -67,7 +68,7 @@ class Muon(Optimizer):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             with_grad = [parameter for parameter in group["params"] if parameter.grad is not None]
-            for parameters in _buckets(with_grad):
+            for parameters in in_buckets(with_grad, _BUCKET_ELEMENTS):
                 updates = [self._with_momentum(parameter, group["momentum"]) for parameter in parameters]
                 for parameter, direction in zip(parameters, self._directions(parameters, updates), strict=True):
                     parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
@@ -150,18 +151,6 @@ def _sharded_like(values: Tensor, like: Tensor, *, from_local: bool) -> Tensor:
         return DTensor.from_local(values, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
     # Nothing needs sending (src_data_rank=None).
     return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cuts a list so that a bucket's updates, which live at once, stay small beside a large model."""
-    bucket: list[Tensor] = []
-    for parameter in parameters:
-        if bucket and sum(other.numel() for other in bucket) + parameter.numel() > _BUCKET_ELEMENTS:
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket
 
 
 def assign_owners(costs: list[float], num_ranks: int) -> list[int]:

@@ -109,8 +109,8 @@ def _swiglu(shape: RunShape, hidden: int) -> _Group:
 
 def _count(shape: RunShape, groups: list[_Group], head_whole: int = 0) -> UnitCount:
     whole = sharded = kept = matrices = kept_matrices = 0
-    # FSDP2 leaves these alone where it gathers the rest in another type.
-    replicates = shape.train.precision == "bf16" and shape.parallel.param_dtype == "fp32"
+    # FSDP2 leaves these alone where the rest is of another type.
+    replicates = "bf16" in (shape.train.precision, shape.parallel.param_dtype)
     for group in groups:
         ranks = shape.axis_size("edp_shard") if group.is_expert else shape.axis_size("dp_shard", "cp")
         numbers = sum(prod(matrix) for matrix in group.shapes)

@@ -64,10 +64,10 @@ class Passes(Protocol):
         ...
 
 
-def new_sums(part: Decoder) -> TermSums:
-    """Zeros for a model of which `part` is a part."""
+def new_sums(part: Decoder, data_parallel: DataParallel) -> TermSums:
+    """Zeros for a model of which `part` is a part, on the device that computes (parameters may lie elsewhere)."""
     config = part.config
-    device = next(part.parameters()).device
+    device = data_parallel.mesh.world.device
     return TermSums(config.num_moe_layers, config.moe.num_experts if config.moe else 0, device)
 
 
@@ -83,7 +83,7 @@ class WholeModelPasses:
 
     def train(self, micro_batches: Sequence[TokenBatch], divisor: int) -> PassResult:
         """See `Passes`."""
-        sums = new_sums(self._decoder)
+        sums = new_sums(self._decoder, self._data_parallel)
         for index, batch in enumerate(micro_batches):
             with self._data_parallel.micro_step(is_last=index == len(micro_batches) - 1):
                 terms: LossTerms = self._data_parallel.module(batch.tokens_BS, **_keywords(batch))
@@ -94,7 +94,7 @@ class WholeModelPasses:
 
     def evaluate(self, batch: TokenBatch, *, with_graph: bool) -> TermSums:
         """See `Passes`. No gradient is reduced, since the model is called without its engine's wrapper."""
-        sums = new_sums(self._decoder)
+        sums = new_sums(self._decoder, self._data_parallel)
         with torch.set_grad_enabled(with_graph):
             sums.add(self._decoder(batch.tokens_BS, **_keywords(batch)), self._decoder)
         return sums
@@ -122,7 +122,7 @@ class PipelinePasses:
         self._parts = [part for part in data_parallel.parts if isinstance(part, Decoder)]
         self.speaks = mesh.coordinate("tp") == 0 and any(part.is_last for part in self._parts)
         self._divisor = 1
-        self._sums: TermSums = new_sums(self._parts[0])
+        self._sums: TermSums = new_sums(self._parts[0], self._data_parallel)
         first = self._parts[0]
         hidden = torch.empty(
             micro_batch_size,
@@ -149,7 +149,7 @@ class PipelinePasses:
     def train(self, micro_batches: Sequence[TokenBatch], divisor: int) -> PassResult:
         """See `Passes`."""
         self._divisor = divisor
-        self._sums = new_sums(self._parts[0])
+        self._sums = new_sums(self._parts[0], self._data_parallel)
         with self._data_parallel.micro_step(is_last=True):
             times = self._pipeline.train(
                 [batch.tokens_BS for batch in micro_batches], [_stage_keywords(batch) for batch in micro_batches]
@@ -158,7 +158,7 @@ class PipelinePasses:
 
     def evaluate(self, batch: TokenBatch, *, with_graph: bool) -> TermSums:
         """See `Passes`."""
-        self._sums = new_sums(self._parts[0])
+        self._sums = new_sums(self._parts[0], self._data_parallel)
         with torch.set_grad_enabled(with_graph):
             self._pipeline.evaluate(batch.tokens_BS, _stage_keywords(batch))
         return self._sums

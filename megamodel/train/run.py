@@ -94,7 +94,7 @@ def _train(
             job.model,
             job.train,
             job.parallel,
-            mesh=Mesh(world, resolve_layout(job.parallel, world.world_size)),
+            mesh=Mesh(world, resolve_layout(job.parallel, world.world_size), host_tensors=job.parallel.cpu_offload),
             seed=job.seed if found is None else None,
             seq_len=job.data.seq_len,
         )

@@ -54,7 +54,7 @@ def test_startup() -> None:
 
 
 def test_style_overhead_computes_the_same_loss() -> None:
-    result = run_script("style_overhead.py", "--rounds=2", "--seq-len=16", "--batch-size=2")
+    result = run_script("style_overhead.py", "--preset=moe-tiny", "--rounds=2", "--seq-len=16", "--batch-size=2")
     assert result["largest_relative_difference_of_first_losses"] <= 1e-6
     assert result["ratios"].keys() >= {"tp = 1", "dp = 1, fsdp2"}
 

@@ -148,13 +148,13 @@ def run_case(world: World, case: Case) -> Trace:
         first_weights=first_weights,
         gradients=gradients,
         weights=_pieces(built, lambda parameter: parameter),
-        nearest_tie=min(leads, default=1.0),
+        nearest_tie=min(map(float, leads), default=1.0),
     )
 
 
-def _watch_leads(built: Any) -> list[float]:
+def _watch_leads(built: Any) -> list[Tensor]:
     """Fills with each router's least lead as the model runs."""
-    leads: list[float] = []
+    leads: list[Tensor] = []
 
     @torch.no_grad()
     def watch(router: Any, args: Any, result: Any) -> None:
@@ -163,7 +163,7 @@ def _watch_leads(built: Any) -> list[float]:
         if router.balance_bias is not None:
             affinity = affinity + router.balance_bias
         top = affinity.topk(router.config.top_k + 1, dim=-1).values
-        leads.append(float((top[..., -2] - top[..., -1]).min()))
+        leads.append((top[..., -2] - top[..., -1]).min())
 
     for part in built.parts:
         for _, moe in part.moe_layers():
