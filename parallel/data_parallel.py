@@ -114,6 +114,9 @@ class DataParallel:
         """See `clip_global_norm`. Every rank must call it, after the last micro step."""
         return clip_global_norm(self.mesh, self.parameters(), max_norm)
 
+    def close(self) -> None:
+        """Gives back what the engine holds beside the model."""
+
     def _engine_step(self, is_last: bool) -> AbstractContextManager[None]:
         return nullcontext()
 

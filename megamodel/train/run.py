@@ -130,7 +130,10 @@ def _train(
             facts=_facts(job, world, progress),
             progress=progress,
         )
-        ended = trainer.run()
+        try:
+            ended = trainer.run()
+        finally:
+            built.data_parallel.close()
     _tell_end(callbacks, ended)
     result = _result(job, prepared, directory, ended)
     return replace(result, communication=tuple(trace.told)) if trace else result

@@ -4,6 +4,7 @@ that draws from everything that a configuration can say."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 from megamodel.train.config import TrainConfig
@@ -112,7 +113,9 @@ def variants() -> list[Case]:
         Case(ranks=4, parallel={"tp": 2, "ep": 2, **FSDP, "cpu_offload": True}),
         Case(ranks=4, parallel={"tp": 4}, train=muon),
         Case(ranks=4, parallel={"tp": 2, "ep": 2, "expert_tp": 2, **FSDP}, train=muon),
-        Case(ranks=4, parallel={"pp": 2, "tp": 2, "pipeline_schedule": "zbv"}, train=muon, model={"tie_embeddings": True}),
+        Case(
+            ranks=4, parallel={"pp": 2, "tp": 2, "pipeline_schedule": "zbv"}, train=muon, model={"tie_embeddings": True}
+        ),
         Case(ranks=4, parallel={"pp": 2, "tp": 2, **FSDP}, model={"tie_embeddings": True}),
     ]
 
@@ -142,13 +145,14 @@ def _wide(layout: dict[str, Any]) -> dict[str, Any]:
     return {"moe": {**MOE, "num_experts": 8}} if layout.get("ep", 1) > 4 else {}
 
 
-def draw(seed: int, ranks: int) -> Case:
+def draw(seed: int, ranks: int, *, compile: str = "off") -> Case:
     """A legal case by chance: layout, engine, schedule, packing, accumulation, clipping, ties, cuts, recomputation."""
     chance = random.Random(seed)
     while True:
-        case = _draw_once(chance, ranks)
+        drawn = _draw_once(chance, ranks)
+        case = replace(drawn, train={**drawn.train, "compile": compile})
         config = small_config(**{**SHAPE, **({"moe": MOE} if case.moe else {}), **case.model})
-        train = TrainConfig(**{"global_batch_size": GLOBAL_BATCH, "precision": "fp32", "compile": "off", **case.train})
+        train = TrainConfig(**{"global_batch_size": GLOBAL_BATCH, "precision": "fp32", **case.train})
         demands = layout_demands(config, train, seq_len=SEQ_LEN, device="cpu")
         if not layout_problems(ParallelConfig(**case.parallel), demands, ranks):
             return case

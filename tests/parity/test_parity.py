@@ -82,6 +82,13 @@ def test_compiled(check: Check, case: Case) -> None:
     check(case)
 
 
+@requires("compiler")
+@pytest.mark.compiler
+@pytest.mark.parametrize("seed", range(max(1, _SAMPLES // 10)))
+def test_compiled_layouts_drawn_by_chance(check: Check, seed: int) -> None:
+    check(cases.draw(5000 + seed, 2, compile="on"))
+
+
 @pytest.mark.parametrize("case", cases.recomputed(), ids=_named)
 def test_recomputed_and_offloaded_activations(check: Check, case: Case) -> None:
     check(case)

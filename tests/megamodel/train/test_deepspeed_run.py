@@ -15,6 +15,7 @@ from megamodel.train.job import TrainingJob
 from megamodel.train.restore import restore_decoder
 from megamodel.train.run_directory import RunDirectory
 from parallel.config import ParallelConfig
+from parallel.world import World
 from tests.gloo_pool import GlooPool
 from tests.megamodel.train.jobs import losses, prepared, small_job, train_job
 from tests.requirements import requires
@@ -44,6 +45,19 @@ def test_a_run_changes_between_deepspeed_and_our_engines(gloo_ranks: GlooPool, t
     ours, theirs = (restore_decoder(RunDirectory(job.run_directory)).decoder for job in (whole, crossing))
     for (name, expected), found in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def linear_after(world: World, job: TrainingJob) -> str:
+    """Who multiplies in this process once a run is over."""
+    train_job(world, job)
+    return str(torch.nn.functional.linear.__module__)
+
+
+def test_torch_is_left_as_it_was(gloo_ranks: GlooPool, tmp_path: Path) -> None:
+    job = job_of(tmp_path, "run", "deepspeed", steps=1, zero_stage=3)
+    prepared(job)
+    expected = str(torch.nn.functional.linear.__module__)
+    assert gloo_ranks(2, linear_after, job, timeout_s=200) == [expected] * 2
 
 
 def test_another_model_is_refused(gloo_ranks: GlooPool, tmp_path: Path) -> None:
