@@ -25,6 +25,7 @@ EXPERT_AXES = ("pp", "dp_replicate", "edp_shard", "ep", "expert_tp")
 _GROUPS = (
     ("pp",),
     ("dp_replicate",),
+    ("dp_shard",),
     ("cp",),
     ("tp",),
     ("cp", "tp"),

@@ -81,11 +81,6 @@ class Piece:
     shape: torch.Size
     offsets: tuple[int, ...]
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether this is all of the tensor."""
-        return self.local.shape == self.shape
-
 
 def piece_of(tensor: Tensor, placement: Placement | None = None) -> Piece:
     """The part of a parameter (or of an optimizer's state of the same shape) that this rank holds. Shares memory.
