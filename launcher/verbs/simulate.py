@@ -45,7 +45,11 @@ def simulate(
     rank = rank or 0
     if rank >= world_size:
         raise ConfigError(f"--simulate-rank {rank}: ranks of a world of {world_size} count from 0 to {world_size - 1}")
-    config = load_run_config(files, overrides or (), num_ranks=world_size).config
+    try:
+        config = load_run_config(files, overrides or (), num_ranks=world_size).config
+    except ConfigError as error:  # the number of ranks is that of the simulated world
+        problems = tuple(problem.replace("--ranks", "--simulate-world") for problem in error.problems)
+        raise ConfigError(str(error).replace("--ranks", "--simulate-world"), problems) from error
     from megamodel.train.simulate import simulate_rank
 
     simulated = simulate_rank(
@@ -79,7 +83,8 @@ def _say(out: Output, simulated: SimulatedRank, world_size: int) -> None:
     )
     fullest = max(simulated.stages, key=lambda stage: stage.peak)
     out.say(
-        f"fullest along the pipeline: coordinate {fullest.pp_rank}, {fullest.peak / 2**30:.3f} GiB at its peak; "
+        f"fullest along the pipeline: coordinate {fullest.pp_rank}, {fullest.peak / 2**30:.3f} GiB at its peak "
+        f"(--simulate-rank {fullest.pp_rank * (world_size // len(simulated.stages))}); "
         "tensors only, without torch.compile (which keeps less) and what an allocator adds"
     )
     out.say(

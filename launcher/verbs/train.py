@@ -50,6 +50,11 @@ def train(
 ) -> int:
     """Train a run, or continue it: the same command does both. Ctrl-C, SIGTERM and SIGUSR1 save, then end with 75."""
     if simulate_world is not None or simulate_rank is not None:
+        unused = {"--ranks": ranks, "--dry-run": dry_run, "--trace-communication": trace_communication}
+        if given := [option for option, value in unused.items() if value]:
+            raise ConfigError(
+                f"--simulate-world starts nothing, so {', '.join(given)} means nothing beside it: leave it out"
+            )
         return simulate(out, files, overrides, simulate_world, simulate_rank)
     return run_training(out, files, overrides, ranks, dry_run, trace_communication=trace_communication)
 

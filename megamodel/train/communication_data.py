@@ -48,7 +48,7 @@ def step_terms(shape: RunShape, parts: Sequence[PartShare]) -> Iterator[Expected
     )  # fmt: skip
     yield expect(
         "world", "all_reduce", "float64", count=1, elements=4 + routers,
-        purpose="losses, the wish to stop, the bubble, and routers' statistics", formula="(4 + L * (1 + E)) * 8",
+        purpose="losses, the wish to stop, the bubble, and routers' statistics", formula="(4 + MoE layers * (1 + E)) * 8",
     )  # fmt: skip
     # Where every rank holds every gradient whole, each knows the norm by itself.
     if shape.layout.pp > 1 or _is_spread(shape, parts):

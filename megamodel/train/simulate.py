@@ -44,7 +44,7 @@ class SimulatedRank:
     layers: tuple[int, ...]
     num_parameters: int
     """Of the whole model."""
-    built_parameters: int
+    built_parameter_bytes: int
     """Bytes of the parameters as they were built here: they are real but for their contents."""
     memory: MemoryPrediction
     stages: tuple[StageMemory, ...]
@@ -101,7 +101,7 @@ def simulate_rank(
         coordinates=coordinates,
         layers=layers_at[pp_rank],
         num_parameters=_num_parameters(model),
-        built_parameters=built,
+        built_parameter_bytes=built,
         memory=predict_memory(shape, pp_rank=pp_rank, fused_kernels=on_cuda),
         stages=tuple(
             StageMemory(pp_rank=at, layers=layers, peak=predict_memory(shape, pp_rank=at, fused_kernels=on_cuda).peak)

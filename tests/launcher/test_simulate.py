@@ -19,7 +19,7 @@ def test_the_largest_models_on_the_largest_machines(name: str, parameters: int, 
     assert ended.code == 0, ended.err
     assert ended.json["num_parameters"] == parameters
     memory = ended.json["memory"]
-    assert memory["parameters"] == ended.json["built_parameters"]
+    assert memory["parameters"] == ended.json["built_parameter_bytes"]
     assert memory["parameters"] < memory["peak"] < 80 * 2**30
     assert len(ended.json["stages"]) == 16
     assert max(stage["peak"] for stage in ended.json["stages"]) < 80 * 2**30
@@ -40,7 +40,8 @@ def test_people_read_a_table(tiny: Path, mega_process: Mega) -> None:
     [
         (["--simulate-rank", "1"], "give --simulate-world N too"),
         (["--simulate-world", "4", "--simulate-rank", "4"], "ranks of a world of 4 count from 0 to 3"),
-        (["--simulate-world", "3", "--set", "parallel.tp=2"], "parallel.tp"),
+        (["--simulate-world", "3", "--set", "parallel.tp=2"], "--simulate-world"),
+        (["--simulate-world", "4", "--ranks", "2", "--dry-run"], "so --ranks, --dry-run means nothing beside it"),
     ],
 )
 def test_refusals(tiny: Path, mega: Mega, arguments: list[str], message: str) -> None:

@@ -56,8 +56,8 @@ def test_parameters_are_those_of_the_formula(
     for rank in (0, world - 1):
         found = simulate(model, train, {"data_engine": "fsdp2", **parallel}, world, rank)
         if rank == 0:  # it has the largest part of what does not come out even
-            assert found.built_parameters == found.memory.parameters
-        assert found.built_parameters <= found.memory.parameters
+            assert found.built_parameter_bytes == found.memory.parameters
+        assert found.built_parameter_bytes <= found.memory.parameters
 
 
 def real_bytes(world: World, model: ModelConfig, train: dict[str, Any], parallel: dict[str, Any]) -> int:
@@ -73,7 +73,7 @@ def test_a_real_rank_holds_the_same(gloo_ranks: GlooPool) -> None:
     train: dict[str, Any] = {"global_batch_size": 8, "micro_batch_size": 1, "precision": "bf16"}
     parallel = {"data_engine": "fsdp2", "pp": 2}
     real = gloo_ranks(4, real_bytes, model, train, parallel)
-    assert [simulate(model, train, parallel, 4, rank).built_parameters for rank in range(4)] == real
+    assert [simulate(model, train, parallel, 4, rank).built_parameter_bytes for rank in range(4)] == real
 
 
 def test_stages_and_place() -> None:
@@ -91,4 +91,4 @@ def test_stages_and_place() -> None:
 def test_engines_that_want_memory_are_simulated_too() -> None:
     model = small_config()
     found = simulate(model, {"global_batch_size": 8}, {"data_engine": "ddp"}, 8, 3)
-    assert found.built_parameters == found.memory.parameters == 4 * found.num_parameters
+    assert found.built_parameter_bytes == found.memory.parameters == 4 * found.num_parameters
