@@ -43,6 +43,12 @@ def check(gloo_ranks: GlooPool, known: dict[str, Any]) -> Check:
     return run
 
 
+@pytest.fixture
+def fresh_ranks(gloo_ranks: GlooPool) -> None:
+    """Compiled code holds on to the groups of the world that it was compiled in: new processes for every case."""
+    gloo_ranks.close()
+
+
 def _named(case: Case) -> str:
     layout = " ".join(f"{key}={value}" for key, value in case.parallel.items())
     return f"{case.ranks} {'moe' if case.moe else 'dense'} {layout} {case.model if len(str(case.model)) < 30 else ''}".strip()
@@ -77,7 +83,7 @@ def test_other_models_and_optimizers(check: Check, case: Case) -> None:
 @requires("compiler")
 @pytest.mark.compiler
 @pytest.mark.parametrize("case", cases.compiled(), ids=_named)
-def test_compiled(check: Check, case: Case) -> None:
+def test_compiled(check: Check, fresh_ranks: None, case: Case) -> None:
     """Among them the known trap: compiled blocks behind a vocabulary-parallel embedding, whose gradient must arrive."""
     check(case)
 
@@ -85,7 +91,7 @@ def test_compiled(check: Check, case: Case) -> None:
 @requires("compiler")
 @pytest.mark.compiler
 @pytest.mark.parametrize("seed", range(max(1, _SAMPLES // 10)))
-def test_compiled_layouts_drawn_by_chance(check: Check, seed: int) -> None:
+def test_compiled_layouts_drawn_by_chance(check: Check, fresh_ranks: None, seed: int) -> None:
     check(cases.draw(5000 + seed, 2, compile="on"))
 
 
