@@ -21,11 +21,10 @@ if TYPE_CHECKING:
 DENSE_AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 EXPERT_AXES = ("pp", "dp_replicate", "edp_shard", "ep", "expert_tp")
 
-# Every axis, and every set of axes whose ranks talk together.
+# Every set of axes whose ranks talk together.
 _GROUPS = (
     ("pp",),
     ("dp_replicate",),
-    ("dp_shard",),
     ("cp",),
     ("tp",),
     ("cp", "tp"),

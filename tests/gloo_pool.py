@@ -153,7 +153,6 @@ class GlooPool:
 def _serve(connection: Connection, stacks: str) -> None:
     """A worker's life: one task after another, until the pool is gone."""
     import torch
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from parallel.world import open_world
 
@@ -167,8 +166,6 @@ def _serve(connection: Connection, stacks: str) -> None:
             except EOFError:
                 return
             sys.path[:] = task.search_path
-            # DTensor remembers results by ranks and names of a mesh, not by its groups, and those of the last task are gone.
-            _clear_sharding_prop_cache()
             try:
                 with (
                     _environment(**task.environment),

@@ -52,7 +52,7 @@ def test_a_login_node_can_check_a_config_without_torch(module: str) -> None:
 def test_only_the_documented_places_read_the_environment() -> None:
     """Below the launcher: the world of ranks, the choice of a compiler, and DeepSpeed, which takes no other way to be told
     what the device is."""
-    allowed = {"parallel/world.py", "parallel/deepspeed_engine.py", "megamodel/train/build.py"}
+    allowed = {"parallel/world.py", "parallel/deepspeed_setup.py", "megamodel/train/build.py"}
     readers = {
         str(file.relative_to(ROOT))
         for package in ("megamodel", "parallel", "data_pipeline", "cluster")

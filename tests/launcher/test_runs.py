@@ -24,6 +24,37 @@ def exported_step() -> int:
     return json.loads((_RUN / "export" / "hf" / "mega.json").read_text())["step"]
 
 
+def assert_text_is_sampled(mega: Mega) -> None:
+    """From the newest checkpoint, of step 5; there are 2, 4 and 5."""
+    texts = mega("generate", _RUN, "--prompt", "word", "--prompt", "x", "--greedy", "--json").json
+    assert texts["step"] == 5
+    assert [text["prompt"] for text in texts["texts"]] == ["word", "x"]
+    assert texts == mega("generate", _RUN, "--prompt", "word", "--prompt", "x", "--temperature", "0", "--json").json
+    streamed = mega("generate", "tiny", "--prompt", "word", "--greedy").out
+    assert streamed == texts["texts"][0]["prompt"] + texts["texts"][0]["text"] + "\n"
+    bad = mega("generate", _RUN, "--top-p", "2")
+    assert bad.code == 2
+    assert "--set generate.top_p=2.0: generate.top_p = 2.0: must be less than or equal to 1" in bad.err
+    absent = mega("generate", _RUN, "--step", "3")
+    assert absent.code == 1
+    assert "no checkpoint of step 3; there are: 2, 4, 5" in absent.err
+
+
+def assert_corruption_is_found(mega: Mega) -> None:
+    """Damages the newest checkpoint."""
+    assert mega("checkpoint", "verify", _RUN).code == 0
+    victim = next((_RUN / "checkpoints" / "step-00000005").glob("*.distcp"))
+    victim.write_bytes(b"x" + victim.read_bytes()[1:])
+    verified = mega("checkpoint", "verify", _RUN, "--json")
+    assert verified.code == 3
+    assert [checkpoint["good"] for checkpoint in verified.json["checkpoints"]] == [True, True, False]
+    assert mega("checkpoint", "verify", _RUN, "--step", "4").code == 0
+    assert mega("checkpoint", "verify", _RUN, "--step", "3").code == 1
+    passed_over = mega("generate", _RUN, "--json")
+    assert passed_over.json["step"] == 4
+    assert "passed over: " in passed_over.err
+
+
 def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process: Mega) -> None:
     ended = mega_process("train", tiny, "--ranks", "2", "--json")
     assert ended.code == 0, ended.err
@@ -57,18 +88,7 @@ def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process:
     assert [checkpoint["step"] for checkpoint in listed] == [2, 4, 5]
     assert "runs/tiny/checkpoints/step-00000005" in mega("checkpoint", "list", _RUN).out
 
-    texts = mega("generate", _RUN, "--prompt", "word", "--prompt", "x", "--greedy", "--json").json
-    assert texts["step"] == 5
-    assert [text["prompt"] for text in texts["texts"]] == ["word", "x"]
-    assert texts == mega("generate", _RUN, "--prompt", "word", "--prompt", "x", "--temperature", "0", "--json").json
-    streamed = mega("generate", "tiny", "--prompt", "word", "--greedy").out
-    assert streamed == texts["texts"][0]["prompt"] + texts["texts"][0]["text"] + "\n"
-    bad = mega("generate", _RUN, "--top-p", "2")
-    assert bad.code == 2
-    assert "--set generate.top_p=2.0: generate.top_p = 2.0: must be less than or equal to 1" in bad.err
-    absent = mega("generate", _RUN, "--step", "3")
-    assert absent.code == 1
-    assert "no checkpoint of step 3; there are: 2, 4, 5" in absent.err
+    assert_text_is_sampled(mega)
 
     exported = mega("export", _RUN, "--output", "out", "--step", "4", "--json").json
     assert (exported["path"], exported["step"]) == ("out", 4)
@@ -79,17 +99,7 @@ def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process:
     assert other.code == 2
     assert "runs/tiny has checkpoints of another configuration" in other.err
 
-    assert mega("checkpoint", "verify", _RUN).code == 0
-    victim = next((_RUN / "checkpoints" / "step-00000005").glob("*.distcp"))
-    victim.write_bytes(b"x" + victim.read_bytes()[1:])
-    verified = mega("checkpoint", "verify", _RUN, "--json")
-    assert verified.code == 3
-    assert [checkpoint["good"] for checkpoint in verified.json["checkpoints"]] == [True, True, False]
-    assert mega("checkpoint", "verify", _RUN, "--step", "4").code == 0
-    assert mega("checkpoint", "verify", _RUN, "--step", "3").code == 1
-    passed_over = mega("generate", _RUN, "--json")
-    assert passed_over.json["step"] == 4
-    assert "passed over: " in passed_over.err
+    assert_corruption_is_found(mega)
 
 
 def test_a_world_in_the_environment_is_joined(tiny: Path, mega_process: Mega) -> None:

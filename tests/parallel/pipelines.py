@@ -127,7 +127,7 @@ def make(world: World, case: Case, layout: Layout) -> Made:
     held = stages_of_rank(pp.rank, pp.size, case.num_stages, case.schedule)
     parts = [Part(cuts[index], cuts[index + 1], tp, case.recompute) for index in held]
     if layout.num_data_ranks > 1:
-        dims = (("dp_replicate",), ("dp_shard",)) if layout.dp_replicate > 1 else (("dp_shard",),)
+        dims = (("dp_replicate",), ("dp_shard", "cp")) if layout.dp_replicate > 1 else (("dp_shard", "cp"),)
         for part in parts:
             shard(part, mesh.device_mesh(*dims), case)
     losses: list[Tensor] = []

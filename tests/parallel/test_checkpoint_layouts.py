@@ -136,7 +136,7 @@ def spread(world: World, case: Case, value_of: Callable[[str], Tensor]) -> Sprea
             if "layers.1.experts.w" in names:
                 experts = part.get_submodule("layers.1.experts")
                 fully_shard(experts, mesh=mesh.device_mesh(("dp_replicate",), ("edp_shard",)))
-            fully_shard(part, mesh=mesh.device_mesh(("dp_replicate",), ("dp_shard",)))
+            fully_shard(part, mesh=mesh.device_mesh(("dp_replicate",), ("dp_shard", "cp")))
         parts.append(part)
     optimizer = torch.optim.AdamW([p for part in parts for p in part.parameters()])
     return Spread(parts=parts, placements=placements, optimizer=optimizer)

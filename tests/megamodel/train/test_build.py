@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from megamodel.errors import TrainingError
 from megamodel.train.build import BuiltModel, build_model
@@ -65,13 +64,3 @@ def largest_shares(world: World) -> list[int]:
 def test_few_experts_are_shared_out_over_many_ranks(gloo_ranks: GlooPool) -> None:
     shares = gloo_ranks(4, largest_shares)
     assert len({share for (share,) in shares}) == 1, shares
-
-
-def reduced(world: World) -> list[torch.dtype]:
-    parallel = {"data_engine": "fsdp2", "reduce_dtype": "bf16"}
-    model = built(world, parallel, {"precision": "bf16"})
-    return [model.data_parallel._sums._reduce_dtype]
-
-
-def test_leftover_sums_are_in_the_type_that_was_asked_for(gloo_ranks: GlooPool) -> None:
-    assert gloo_ranks(2, reduced) == [[torch.bfloat16]] * 2

@@ -113,6 +113,16 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp buckets": (2, {"model": {"vocab_size": 9600, "tie_embeddings": True}}),
     "ddp muon": (2, {"train": {"optimizer": {"name": "muon"}}}),
     "fsdp2": (2, {"parallel": {"data_engine": "fsdp2"}}),
+    "fsdp2 bf16 sums": (
+        2, {"parallel": {"data_engine": "fsdp2", "reduce_dtype": "bf16"}, "model": MOE_SECOND, "train": {"precision": "bf16"}}
+    ),
+    "fsdp2 bf16 parameters": (
+        2, {"parallel": {"data_engine": "fsdp2", "param_dtype": "bf16"}, "model": MOE_SECOND, "train": {"precision": "bf16"}}
+    ),
+    "fsdp2 bf16 parameters alone": (2, {"parallel": {"data_engine": "fsdp2", "param_dtype": "bf16"}}),
+    "fsdp2 few experts": (
+        4, {"parallel": {"data_engine": "fsdp2"}, "model": {"moe": {**MOE, "num_experts": 2, "first_layer": 1}}}
+    ),
     "fsdp2 kept": (2, {"parallel": {"data_engine": "fsdp2", "reshard_after_forward": False}}),
     "fsdp2 bf16 moe": (2, {"parallel": {"data_engine": "fsdp2"}, "model": MOE_SECOND, "train": {"precision": "bf16"}}),
     "fsdp2 uneven": (3, {"parallel": {"data_engine": "fsdp2"}, "model": {"qk_norm": True}, "train": {"global_batch_size": 6}}),
@@ -125,6 +135,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp mla tied": (2, {"parallel": {"tp": 2}, "model": {"mla": MLA, "tie_embeddings": True}}),
     "tp4 with copies": (4, {"parallel": {"tp": 4}, "train": {"optimizer": {"name": "muon"}}}),
     "cp gather": (2, {"parallel": {"cp": 2}, "model": MOE_SECOND}),
+    "cp gather plain": (2, {"parallel": {"cp": 2}, "documents": False}),
     "cp ring plain": (2, {"parallel": {"cp": 2, "context_method": "ring"}, "documents": False}),
     "cp ring": (2, {"parallel": {"cp": 2, "context_method": "ring"}, "train": {"precision": "bf16"}}),
     "cp ulysses": (2, {"parallel": {"cp": 2, "context_method": "ulysses"}, "model": {"mla": MLA}}),
