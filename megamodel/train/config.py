@@ -106,7 +106,8 @@ class TrainConfig(BaseModel):
     global_batch_size: int = Field(default=32, gt=0)
     """Samples in one optimizer step, over all ranks."""
     micro_batch_size: int | None = Field(default=None, gt=0)
-    """Samples of one forward pass on one rank; the rest of the rank's share is accumulated. Left out: all at once."""
+    """Samples of one forward pass on one rank; the rest of the rank's share is accumulated. Left out: all at
+    once; one at a time in a pipeline."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type of activations and matrix products. Weights, gradients' sums and optimizer state are float32 in both."""
     compile: Literal["auto", "on", "off"] = "auto"
