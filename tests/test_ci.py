@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / ".ci" / "run"
+_NETWORK = dict.fromkeys(("ip", "tc", "iptables", "ethtool"), "")
 _MAKE = 'echo "make $*, requires ${MEGA_REQUIRE:-nothing}"\n'
 
 
@@ -25,10 +26,10 @@ def run_with(tmp_path: Path, programs: dict[str, str]) -> list[str]:
 
 
 def test_what_is_there_is_not_installed(tmp_path: Path) -> None:
-    assert run_with(tmp_path, {"g++": "", "make": _MAKE, "python3": ""}) == [
+    assert run_with(tmp_path, {"g++": "", "make": _MAKE, "python3": "", **_NETWORK}) == [
         "make setup, requires nothing",
         "make lint, requires nothing",
-        "make test, requires compiler,transformers,datasets,accelerate,deepspeed",
+        "make test, requires compiler,transformers,datasets,accelerate,deepspeed,netns,mpi",
     ]
 
 
@@ -37,6 +38,6 @@ def test_what_is_there_is_not_installed(tmp_path: Path) -> None:
 )
 def test_what_is_missing_is_installed(tmp_path: Path, lacks: str, package: str) -> None:
     python = f'case "$2" in *{lacks}*) exit 1;; esac\n'
-    there = {"g++": "", "make": _MAKE, "python3": python}
+    there = {"g++": "", "make": _MAKE, "python3": python, **_NETWORK}
     did = run_with(tmp_path, {name: text for name, text in there.items() if name != lacks})
     assert did[:2] == ["apt-get update -qq", f"apt-get install -y -qq --no-install-recommends {package}"]
