@@ -34,7 +34,15 @@ def test_what_is_there_is_not_installed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lacks", "package"), [("ensurepip", "python3-venv"), ("Python.h", "python3-dev"), ("g++", "g++")]
+    ("lacks", "package"),
+    [
+        ("ensurepip", "python3-venv"),
+        ("Python.h", "python3-dev"),
+        ("g++", "g++"),
+        ("tc", "iproute2"),
+        ("iptables", "iptables"),
+        ("ethtool", "ethtool"),
+    ],
 )
 def test_what_is_missing_is_installed(tmp_path: Path, lacks: str, package: str) -> None:
     python = f'case "$2" in *{lacks}*) exit 1;; esac\n'
