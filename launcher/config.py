@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.config import FabricConfig
 from data_pipeline.config import DataConfig
 from launcher.checks import RunLayout, cross_checks
 from launcher.config_loading import Complaint, LoadedConfig, load_config
@@ -53,6 +54,8 @@ class RunConfig(BaseModel):
     """How long, how large a batch, which optimizer, and what is recorded."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """How the model is spread over the ranks."""
+    fabric: FabricConfig = Field(default_factory=FabricConfig)
+    """How the run watches its own communication."""
     generate: GenerateConfig = Field(default_factory=GenerateConfig)
     """How text is sampled, after training and by `mega generate`."""
     export: ExportConfig = Field(default_factory=ExportConfig)
@@ -74,6 +77,7 @@ class RunConfig(BaseModel):
             data=self.data,
             parallel=self.parallel,
             train=self.train,
+            fabric=self.fabric,
         )
 
     def as_data(self) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def test_who_knows_no_processes_imports_no_torch_distributed(package: str) -> No
         "megamodel.convert.config",
         "data_pipeline.config",
         "parallel.config",
+        "cluster.config",
         "cluster.hardware",
     ],
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from cluster.config import FabricConfig
 from data_pipeline.config import DataConfig
 from megamodel.model.config import ModelConfig
 from megamodel.train.config import TrainConfig
@@ -26,6 +27,8 @@ class TrainingJob:
     data: DataConfig
     parallel: ParallelConfig
     train: TrainConfig
+    fabric: FabricConfig = field(default_factory=FabricConfig)
+    """How the run watches its own communication."""
     trace_communication: bool = False
     """Count what the first steps of this start send, and hold it against the formulas."""
 
