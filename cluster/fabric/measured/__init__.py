@@ -1,0 +1,1 @@
+"""A real fabric, measured by ranks that talk over torch.distributed or MPI."""
