@@ -78,6 +78,15 @@ class Fault:
             return self._crosses(finding, topology)
         return set(finding.hosts) in self._culprits(topology)
 
+    def described(self, topology: Topology) -> str:
+        """Kind and place in a few words."""
+        if self.expected is None or self.endpoint is None:
+            return self.injection
+        if self.pairs:
+            return f"{self.expected} " + ",".join(f"h{sender}->h{receiver}" for sender, receiver in self.pairs)
+        place = f"leaf-{topology.leaf_of[self.endpoint]}" if self.injection in ("bad_path", "congested_uplink") else ""
+        return f"{self.expected} {place or f'h{topology.host_of[self.endpoint]}'}"
+
     def _culprits(self, topology: Topology) -> list[set[str]]:
         if self.endpoint is None:
             return []
