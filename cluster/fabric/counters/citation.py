@@ -94,7 +94,7 @@ def _silence(expected: frozenset[Meaning], growth: Mapping[str, float]) -> list[
     if not watched or heard:
         return []
     counters = ", ".join(dict.fromkeys(name.rpartition("/")[2] for name in watched))
-    return [f"none of {counters} grew"]
+    return [f"{counters} did not grow"]
 
 
 def _slow_ports(growth: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> list[str]:
@@ -113,10 +113,13 @@ def _total(signal: Signal, growth: Mapping[str, float]) -> float:
 
 
 def _label(names: Mapping[str, float]) -> str:
-    """`port_xmit_wait of mlx5_0:1, mlx5_1:1`; the device `host` goes without saying."""
+    """`port_xmit_wait of mlx5_0:1, mlx5_1:1`, `hw_slowdown of gpu 3`; the device `host` goes without saying."""
     counters = dict.fromkeys(name.rpartition("/")[2] for name in names)
-    devices = dict.fromkeys(name.split("/")[1] for name in names)
-    devices.pop("host", None)
+    devices: dict[str, None] = {}
+    for name in names:
+        area, device, _ = name.split("/")
+        if device != "host":
+            devices[f"{area} {device}" if area in ("gpu", "nvlink", "cgroup") else device] = None
     return ", ".join(counters) + (f" of {', '.join(devices)}" if devices else "")
 
 
