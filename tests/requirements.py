@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,9 +38,25 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def _has_network_namespaces() -> bool:
+    tools = all(shutil.which(tool) for tool in ("ip", "tc", "bridge", "iptables"))
+    if not tools or os.geteuid() != 0:
+        return False
+    name = f"mega-{os.getpid()}-try"
+    try:
+        subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True, timeout=10)
+        subprocess.run(["ip", "netns", "delete", name], check=True, capture_output=True, timeout=10)
+    except (subprocess.SubprocessError, OSError):
+        return False
+    return True
+
+
 _REQUIREMENTS = {
     "compiler": _Requirement(is_there=_has_compiler, mend="install g++"),
     "cuda": _Requirement(is_there=_has_cuda, mend="run this where torch sees a CUDA device"),
+    "netns": _Requirement(
+        is_there=_has_network_namespaces, mend="be root where network namespaces are allowed; install iproute2, iptables"
+    ),
     "transformers": _package("transformers", "hf"),
     "datasets": _package("datasets", "hf"),
     "accelerate": _package("accelerate", "dev"),
