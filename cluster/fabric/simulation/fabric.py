@@ -148,17 +148,21 @@ class SimulatedFabric:
 
     def _begin(self, who: Flows, during: str) -> None:
         self._calls += 1
-        dead = {
-            fault.endpoint
-            for fault in self._faults
-            if fault.missing_from_call is not None and self._calls > fault.missing_from_call
-        }
-        asked = [number for number in sorted(dead - {None}) if (who == number).any()]  # type: ignore[type-var]
+        asked = [number for number in self._dead() if (who == number).any()]
         if asked:
             self._seconds += _GIVING_UP_S
-            raise UnresponsiveError([self._endpoints[number].rank for number in asked], during)  # type: ignore[index]
+            raise UnresponsiveError([self._endpoints[number].rank for number in asked], during)
         step = np.sqrt(1 - _DRIFT_STAYS**2) * self._noise.drift * self._rng.standard_normal()
         self._drift = _DRIFT_STAYS * self._drift + step
+
+    def _dead(self) -> list[int]:
+        return [
+            fault.endpoint
+            for fault in self._faults
+            if fault.endpoint is not None
+            and fault.missing_from_call is not None
+            and self._calls > fault.missing_from_call
+        ]
 
     def _scatter(self, deviation: float | Figures, count: int) -> Figures:
         return np.exp(deviation * self._rng.standard_normal(count))

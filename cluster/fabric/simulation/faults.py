@@ -172,21 +172,23 @@ def _slow_endpoint(
     rng: np.random.Generator, topology: Topology, endpoint: int, keep: float, injection: Injection
 ) -> Fault:
     out, into = topology.out_of(endpoint), topology.into(endpoint)
-    expected: Kind
+    ends: dict[Kind, tuple[int, ...]] = {"slow_sender": (out,), "slow_receiver": (into,), "slow_link": (out, into)}
     varies = queue = 0.0
-    if injection == "packet_loss":
-        expected, varies = ("slow_sender" if rng.random() < 0.5 else "slow_receiver"), float(rng.uniform(0.05, 0.2))
-    elif injection == "incast":
-        expected, varies, queue = "slow_receiver", float(rng.uniform(0.05, 0.15)), float(rng.uniform(3, 30))
-    else:
-        expected = {"slow_sender": "slow_sender", "slow_receiver": "slow_receiver", "slow_link": "slow_link"}[injection]  # type: ignore[assignment]
-    links = {"slow_sender": (out,), "slow_receiver": (into,), "slow_link": (out, into)}[expected]
+    expected: Kind = "slow_receiver"
+    match injection:
+        case "slow_sender" | "slow_link":
+            expected = injection
+        case "packet_loss":
+            expected = "slow_sender" if rng.random() < 0.5 else "slow_receiver"
+            varies = float(rng.uniform(0.05, 0.2))
+        case "incast":
+            varies, queue = float(rng.uniform(0.05, 0.15)), float(rng.uniform(3, 30))
     return Fault(
         injection=injection,
         expected=expected,
         keep=keep,
         endpoint=endpoint,
-        links=tuple(LinkFault(link=link, keep=keep, varies=varies, queue_round_trips=queue) for link in links),
+        links=tuple(LinkFault(link=link, keep=keep, varies=varies, queue_round_trips=queue) for link in ends[expected]),
     )
 
 

@@ -17,7 +17,7 @@ class Shares:
     rates: Figures
     """(F,) bytes a second."""
     shared: NDArray[np.bool_]
-    """(F,) whether the link that bounds a flow bounds others too."""
+    """(F,) whether the link that bounds a flow carries others too."""
 
 
 def max_min_shares(routes: NDArray[np.intp], capacities: Figures) -> Shares:
@@ -32,6 +32,7 @@ def max_min_shares(routes: NDArray[np.intp], capacities: Figures) -> Shares:
     rates = np.zeros(len(routes))
     shared = np.zeros(len(routes), dtype=bool)
     active = np.arange(len(routes))
+    neighbours = np.bincount(routes.reshape(-1), minlength=num_links)
     while len(active):
         crossing = routes[active]
         count = np.bincount(crossing.reshape(-1), minlength=num_links)
@@ -44,7 +45,7 @@ def max_min_shares(routes: NDArray[np.intp], capacities: Figures) -> Shares:
         bound = full[crossing] & (fair[crossing] <= tightest[:, None] * (1 + 1e-12))
         settled = bound.any(1)
         rates[active[settled]] = tightest[settled]
-        shared[active[settled]] = (bound[settled] & (count[crossing[settled]] > 1)).any(1)
+        shared[active[settled]] = (bound[settled] & (neighbours[crossing[settled]] > 1)).any(1)
         used = np.repeat(tightest[settled], routes.shape[1])
         taken = np.bincount(crossing[settled].reshape(-1), weights=used, minlength=num_links)
         left = np.maximum(left - taken, 0.0)
