@@ -22,6 +22,8 @@ class GroupSet:
     name: str
     groups: tuple[tuple[int, ...], ...]
     """World ranks; no rank is in two groups."""
+    only_together: bool = False
+    """Not to be measured one group at a time: each group is in a set of its own as well."""
 
     @property
     def group_size(self) -> int:
@@ -48,7 +50,7 @@ def mesh_groups(mesh: str, world_size: int) -> tuple[GroupSet, ...]:
     if total != world_size:
         raise FabricError(f"--mesh {mesh}: these axes make {total} ranks, and there are {world_size}")
     order = [name for name in MESH_ORDER if name in sizes]
-    wanted = [(name, (name,)) for name in order]
+    wanted: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in order]
     for entry in entries:
         if "=" not in entry:
             parts = flattened_axes(entry)
@@ -76,7 +78,7 @@ def flattened_axes(name: str) -> tuple[str, ...] | None:
 
 
 def rail_groups(endpoints: Sequence[Endpoint]) -> tuple[GroupSet, ...]:
-    """`rail 0`, `rail 1`, ...: the ranks with the same place in each host, as one group each; then `rails`, all at once.
+    """`rail 0`, `rail 1`, ...: the ranks with the same place in each host, as one group each; then `rails`, for all at once.
 
     None where there is one rail or one host only: its ranks are the world.
     """
@@ -86,9 +88,10 @@ def rail_groups(endpoints: Sequence[Endpoint]) -> tuple[GroupSet, ...]:
     rails = {rail: tuple(ranks) for rail, ranks in sorted(by_rail.items()) if len(ranks) > 1}
     if len(rails) < 2:
         return ()
-    sets = [GroupSet(name=f"rail {rail}", groups=(ranks,)) for rail, ranks in rails.items()]
-    sizes = {len(ranks) for ranks in rails.values()}
-    return (*sets, GroupSet(name="rails", groups=tuple(rails.values()))) if len(sizes) == 1 else tuple(sets)
+    sets = tuple(GroupSet(name=f"rail {rail}", groups=(ranks,)) for rail, ranks in rails.items())
+    if len({each.group_size for each in sets}) > 1:
+        return sets  # some hosts lack a rail: groups of one set have one size
+    return (*sets, GroupSet(name="rails", groups=tuple(rails.values()), only_together=True))
 
 
 def _axis_of(entry: str, mesh: str) -> tuple[str, int]:

@@ -5,15 +5,24 @@ Pure numpy: the collectives are run by whatever `Collectives` is given.
 
 from __future__ import annotations
 
+import json
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from cluster.fabric.bandwidth import Algorithm, AlphaBeta
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.errors import FabricError
+from cluster.fabric.bandwidth import Algorithm, AlphaBeta, bandwidth, fit_alpha_beta, size_in_use
 from cluster.fabric.groups import GroupSet
-from cluster.fabric.measured.transport import COLLECTIVE_KINDS, CollectiveKind
+from cluster.fabric.measured.transport import COLLECTIVE_KINDS, DTYPE_BYTES, CollectiveKind
 from cluster.fabric.probing import Endpoint
+from cluster.fabric.statistics import robust_spread
 
 if TYPE_CHECKING:
     from cluster.fabric.measured.fabric import CollectiveTimes
@@ -22,6 +31,10 @@ Mode = Literal["isolated", "together", "with_compute"]
 """isolated: one group of the set at a time. together: all its groups at once. with_compute: the same, while every rank
 computes as well."""
 MODES: tuple[Mode, ...] = get_args(Mode)
+
+_LEAST_ITERATIONS = 5
+_MEDIAN_OVER_MEAN = 1.2533
+"""Standard error of the median over that of the mean, for normal noise: sqrt(pi / 2)."""
 
 
 class Collectives(Protocol):
@@ -70,6 +83,10 @@ class SweepPlan:
     iterations: int = 20
     warmup: int = 3
     dtype: str = "float32"
+    check: bool = True
+    """Data are compared with what they must be."""
+    seconds_per_row: float = 2.0
+    """Large sizes get fewer iterations, so that one size of one kind takes about so long."""
     algorithm: Algorithm = "ring"
     """Whose messages the fitted alpha is of."""
     isolated_at_most: int = 8
@@ -125,6 +142,7 @@ class SweepResult:
 
     rows: tuple[SweepRow, ...]
     fits: tuple[GroupFit, ...]
+    groups: tuple[GroupSet, ...]
     transport: str
     """gloo, nccl, mpi: times of another transport are not comparable."""
     world_size: int
@@ -136,14 +154,25 @@ class SweepResult:
     circumstances: Mapping[str, Any] = field(default_factory=dict)
     """Plain data: versions, devices, the command."""
 
+    @property
+    def correct(self) -> bool:
+        """All data were right. Else the exit code is 3."""
+        return all(row.correct for row in self.rows)
+
     def as_data(self) -> dict[str, Any]:
-        """For JSON."""
-        raise NotImplementedError
+        """For JSON: the fields, with their names."""
+        return asdict(self)
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> SweepResult:
-        """What `as_data` wrote."""
-        raise NotImplementedError
+        """What `as_data` wrote. Raises KeyError or TypeError where it is something else."""
+        rows = tuple(
+            SweepRow(**{**row, "times": Times(**row["times"]), "slowest_ranks": tuple(row["slowest_ranks"])})
+            for row in data["rows"]
+        )
+        fits = tuple(GroupFit(**{**fit, "model": AlphaBeta.from_data(fit["model"])}) for fit in data["fits"])
+        groups = tuple(GroupSet(**{**each, "groups": tuple(map(tuple, each["groups"]))}) for each in data["groups"])
+        return cls(**{**data, "rows": rows, "fits": fits, "groups": groups, "hosts": tuple(data["hosts"])})
 
 
 def sweep(
@@ -151,6 +180,128 @@ def sweep(
 ) -> SweepResult:
     """Measures all that the plan asks for; `tell` hears of each row as it comes.
 
+    A set of one group has no `together` beside its `isolated`; groups of one rank have nothing to measure.
+
     Raises UnresponsiveError or StalledError.
     """
-    raise NotImplementedError
+    start = time.perf_counter()
+    rows: list[SweepRow] = []
+    for groups in plan.groups:
+        if groups.group_size < 2:
+            continue
+        for mode in plan.modes:
+            if (mode == "together" and len(groups.groups) == 1) or (mode == "isolated" and groups.only_together):
+                continue
+            for kind in plan.kinds:
+                before: SweepRow | None = None
+                for size in _sizes(plan, kind, groups.group_size):
+                    before = _measure(fabric, plan, groups, mode, kind, size, _iterations(plan, size, before))
+                    rows.append(before)
+                    if tell is not None:
+                        tell(before)
+    return SweepResult(
+        rows=tuple(rows),
+        fits=fits_of(rows, plan.algorithm),
+        groups=plan.groups,
+        transport=fabric.transport,
+        world_size=fabric.world_size,
+        hosts=tuple(dict.fromkeys(endpoint.host for endpoint in fabric.endpoints)),
+        taken_at=taken_at.astimezone(UTC).isoformat(timespec="seconds"),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def read_sweep(path: Path) -> SweepResult:
+    """What was written as JSON of `SweepResult.as_data`. Raises FabricError where there is no such file, or another thing."""
+    try:
+        return SweepResult.from_data(json.loads(path.read_text()))
+    except OSError as error:
+        raise FabricError(
+            f"{path} cannot be read ({error.strerror}): `mega fabric sweep --output` writes one"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FabricError(f"{path} is not what `mega fabric sweep --output` writes: write it anew") from error
+
+
+def fits_of(rows: Sequence[SweepRow], algorithm: Algorithm = "ring") -> tuple[GroupFit, ...]:
+    """A time model for each set, mode and kind that was measured with two sizes or more, on the median times."""
+    series: dict[tuple[str, Mode, CollectiveKind], list[SweepRow]] = {}
+    for row in rows:
+        series.setdefault((row.group, row.mode, row.kind), []).append(row)
+    fits = []
+    for (group, mode, kind), same in series.items():
+        sizes, seconds = [row.num_bytes for row in same], [row.times.median_s for row in same]
+        model = fit_alpha_beta(kind, same[0].group_size, sizes, seconds, algorithm=algorithm)
+        if model is not None:
+            fits.append(GroupFit(group=group, mode=mode, model=model))
+    return tuple(fits)
+
+
+def _sizes(plan: SweepPlan, kind: str, group_size: int) -> list[int]:
+    """Each once, though two that were asked for may round to the same."""
+    element = DTYPE_BYTES[plan.dtype]
+    return sorted({size_in_use(kind, size, group_size, element) for size in plan.sizes})
+
+
+def _iterations(plan: SweepPlan, size: int, before: SweepRow | None) -> int:
+    """As many as the plan says, or as will fit into its time, by what the size before took; never fewer than five."""
+    if before is None:
+        return plan.iterations
+    expected_s = before.times.median_s * max(size / before.num_bytes, 1.0)
+    return max(min(plan.iterations, int(plan.seconds_per_row / expected_s)), min(plan.iterations, _LEAST_ITERATIONS))
+
+
+def _measure(
+    fabric: Collectives, plan: SweepPlan, groups: GroupSet, mode: Mode, kind: CollectiveKind, size: int, iterations: int
+) -> SweepRow:
+    if mode == "isolated":
+        places = np.linspace(0, len(groups.groups) - 1, min(len(groups.groups), plan.isolated_at_most))
+        rounds = [[groups.groups[place]] for place in sorted({round(place) for place in places})]
+    else:
+        rounds = [list(groups.groups)]
+    seconds_GRI, correct = [], True
+    for together in rounds:
+        times = fabric.collective(
+            kind,
+            size,
+            together,
+            iterations=iterations,
+            warmup=plan.warmup,
+            dtype=plan.dtype,
+            with_compute=mode == "with_compute",
+            check=plan.check,
+        )
+        correct &= times.correct
+        seconds_GRI += list(times.seconds.reshape(len(together), groups.group_size, -1))
+    measured = [group for together in rounds for group in together]
+    medians = [float(np.median(seconds_RI)) for seconds_RI in seconds_GRI]
+    slowest = int(np.argmax(medians))
+    times_of_all = _times(np.stack(seconds_GRI))
+    rate = bandwidth(kind, size, groups.group_size, times_of_all.median_s)
+    return SweepRow(
+        kind=kind,
+        num_bytes=size,
+        group=groups.name,
+        mode=mode,
+        group_size=groups.group_size,
+        num_groups=len(measured),
+        times=times_of_all,
+        algbw_bytes_per_s=rate.algbw_bytes_per_s,
+        busbw_bytes_per_s=rate.busbw_bytes_per_s,
+        correct=correct,
+        slowest_ranks=measured[slowest] if len(measured) > 1 else (),
+        slowest_s=medians[slowest] if len(measured) > 1 else None,
+    )
+
+
+def _times(seconds_GRI: NDArray[np.float64]) -> Times:
+    """Over groups, ranks and iterations."""
+    by_iteration = np.log(np.median(seconds_GRI, axis=(0, 1)))
+    # Ranks of one collective wait for one another: only iterations are independent of each other.
+    error = _MEDIAN_OVER_MEAN * robust_spread(by_iteration) / math.sqrt(by_iteration.size)
+    return Times(
+        min_s=float(seconds_GRI.min()),
+        median_s=float(np.median(seconds_GRI)),
+        p99_s=float(np.quantile(seconds_GRI, 0.99)),
+        noise_share=error,
+    )
