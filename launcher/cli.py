@@ -9,7 +9,7 @@ import typer
 
 from launcher import rank_process
 from launcher.verb import as_command
-from launcher.verbs import checkpoint, config, data, doctor, export, generate, init, smoke, train
+from launcher.verbs import checkpoint, config, data, doctor, export, fabric, generate, init, smoke, train
 
 
 def build_app() -> typer.Typer:
@@ -30,6 +30,9 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("data", data.VERBS, "Prepare a data set, or describe a prepared one."))
     app.command("train")(as_command(train.train))
     app.add_typer(_group("checkpoint", checkpoint.VERBS, "List a run's checkpoints, verify or copy them."))
+    measuring = _group("fabric", fabric.VERBS, "Measure the network between ranks, and name what is wrong with it.")
+    measuring.add_typer(_group("baseline", fabric.BASELINE_VERBS, "Keep sweeps, and see what has become slower since."))
+    app.add_typer(measuring)
     app.command("generate")(as_command(generate.generate))
     app.command("export")(as_command(export.export))
     app.command("smoke")(as_command(smoke.smoke))

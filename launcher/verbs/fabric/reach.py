@@ -1,0 +1,193 @@
+"""How a fabric verb reaches its ranks: those of the world that it was started in, or ranks that it starts here."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from launcher.errors import ConfigError, RankError
+from launcher.local_ranks import Grace, run_local_ranks
+from launcher.output import Output
+from launcher.place import Place, find_place
+from launcher.rank_environment import adopt
+from launcher.rank_process import failure_file
+
+if TYPE_CHECKING:
+    from cluster.fabric.measured.fabric import MeasuredFabric
+    from cluster.fabric.measured.place import FabricPlace
+
+Transport = Literal["auto", "gloo", "nccl", "mpi"]
+
+TransportOption = Annotated[
+    Transport,
+    typer.Option(help="What carries the data: `auto` is NCCL where each rank has a GPU, else gloo; `mpi` needs mpirun or srun."),
+]  # fmt: skip
+HostName = Annotated[
+    str | None, typer.Option("--host-name", help="Name of this rank's host. Default: what `hostname` says.")
+]
+Interface = Annotated[
+    str | None, typer.Option(help="Network interface to measure, for gloo. Default: the one that leads to rank 0.")
+]
+Timeout = Annotated[
+    float,
+    typer.Option(min=1.0, help="Seconds that ranks wait for one another at the start; who has not come is missing."),
+]
+Rails = Annotated[
+    bool, typer.Option("--rails", help="Measure every rank of a host as a rail of its own, not one a host.")
+]
+CountersRoot = Annotated[
+    Path, typer.Option("--root", help="Folder below which network counters are read (sys, proc), such as a container's /host.")
+]  # fmt: skip
+OutputFile = Annotated[
+    Path | None, typer.Option("--output", metavar="FILE", help="Write the result there too, as JSON.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be measured among whom; measure nothing.")]
+
+_LAST_WORDS_S = 60.0
+"""How long the ranks may measure on after one of them has died: to find out, and to tell what else they know."""
+
+# Beside the ranks' logs: what rank 0 hands to the process that started it.
+_ANSWER_NAME = "answer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """Among whom to measure, and by what."""
+
+    ranks: int | None
+    transport: Transport
+    host_name: str | None
+    timeout_s: float
+    interface: str | None = None
+    rails: bool = False
+    root: Path = Path("/")
+
+    def as_arguments(self) -> list[str]:
+        """These options for the ranks that this process starts."""
+        given = [("--host-name", self.host_name), ("--interface", self.interface), ("--rails", self.rails or None)]
+        named = [word for name, value in given if value for word in ([name] if value is True else [name, str(value)])]
+        return [*named, "--transport", self.transport, "--timeout", f"{self.timeout_s:g}", "--root", str(self.root)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What rank 0 found."""
+
+    data: Mapping[str, Any]
+    lines: Sequence[str] = field(default_factory=tuple)
+    """For people."""
+    exit_code: int = 0
+
+
+def find_ranks(reach: Reach) -> Place:
+    """This process's place; under srun or mpirun it takes torchrun's variables on first. Raises ConfigError for a lone rank."""
+    adopt(os.environ, meet_over_mpi=_meet_over_mpi)
+    place = find_place(os.environ, reach.ranks)
+    if place.num_ranks < 2:
+        raise ConfigError(
+            "one rank alone has no fabric: give --ranks N (N >= 2) to try it on this machine, or start one process a "
+            "rank by torchrun, srun or mpirun"
+        )
+    if reach.transport == "mpi" and not place.joins:
+        raise ConfigError("--transport mpi needs ranks that MPI has started: leave --ranks out, and use mpirun or srun")
+    return place
+
+
+def ask(
+    out: Output, verb: str, reach: Reach, arguments: Sequence[str], work: Callable[[MeasuredFabric], Answer]
+) -> int:
+    """Has `work` measure on rank 0 of the ranks in reach, and tells what it found. Returns the exit code.
+
+    `arguments` are the verb's own options, for ranks that have to be started; what they share is added here.
+    """
+    place = find_ranks(reach)
+    if not place.joins:
+        return _in_children(out, [verb, *arguments, *reach.as_arguments()], place.num_ranks, reach)
+    from cluster.fabric.measured.fabric import run_on_fabric
+    from cluster.fabric.measured.place import MeasureOptions
+
+    options = MeasureOptions(
+        transport=reach.transport,
+        rails=reach.rails,
+        start_timeout_s=reach.timeout_s,
+        interface=reach.interface,
+        counter_root=str(reach.root),
+    )
+    answer = run_on_fabric(_fabric_place(reach), options, work)
+    if answer is None:
+        return 0
+    if (failures := failure_file(os.environ)) is not None:
+        text = json.dumps({"data": answer.data, "lines": list(answer.lines), "exit_code": answer.exit_code})
+        failures.with_name(_ANSWER_NAME).write_text(text, encoding="utf-8")
+        return 0
+    return tell(out, answer)
+
+
+def tell(out: Output, answer: Answer) -> int:
+    """Says it, and returns its exit code."""
+    for line in answer.lines:
+        out.say(line)
+    out.result(answer.data)
+    return answer.exit_code
+
+
+def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
+    """Into a file whose folder is made where it is missing; nothing without a path."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _in_children(out: Output, arguments: Sequence[str], num_ranks: int, reach: Reach) -> int:
+    """Starts the ranks. A rank that dies is what the others may be asked about: they get the time to find out."""
+    from cluster.hardware import num_usable_cores
+
+    with tempfile.TemporaryDirectory(prefix="mega-fabric-") as folder:
+        answer_file = Path(folder) / _ANSWER_NAME
+        failure: RankError | None = None
+        try:
+            run_local_ranks(
+                ["fabric", *arguments, "--ranks", str(num_ranks)],
+                num_ranks=num_ranks,
+                log_directory=Path(folder),
+                environ=os.environ,
+                num_cores=num_usable_cores(),
+                say=out.warn,
+                grace=Grace(own_end=reach.timeout_s + _LAST_WORDS_S),
+            )
+        except RankError as error:
+            failure = error
+        if not answer_file.exists():
+            raise failure or RankError("the ranks ended without a word of what they measured")
+        told = json.loads(answer_file.read_text(encoding="utf-8"))
+    return tell(out, Answer(data=told["data"], lines=told["lines"], exit_code=told["exit_code"]))
+
+
+def _fabric_place(reach: Reach) -> FabricPlace:
+    from cluster.fabric.measured.place import FabricPlace
+
+    environ = os.environ
+    local_rank = int(environ.get("LOCAL_RANK", "0"))
+    return FabricPlace(
+        rank=int(environ["RANK"]),
+        world_size=int(environ["WORLD_SIZE"]),
+        local_rank=local_rank,
+        local_world_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
+        address=f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{environ.get('MASTER_PORT', '29500')}",
+        host=reach.host_name or socket.gethostname(),
+        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _meet_over_mpi() -> tuple[str, int]:
+    from cluster.fabric.measured.mpi_transport import meet
+
+    return meet()
