@@ -68,6 +68,7 @@ class SimulatedCase:
     extra: int
     """Findings that name none of the faults."""
     rounds: int
+    """As the fabric counted them: every measurement of compute, transfers or round trips is one."""
     simulated_s: float
     """On the fabric's clock."""
     real_s: float
@@ -136,10 +137,17 @@ class Situation:
     fabric: SimulatedFabric
 
 
-def simulate(plan: SimulationPlan, diagnosis: Diagnosis) -> SimulationResult:
-    """Runs every case of `plan` through `diagnosis`, which sees the fabric's answers and nothing else."""
-    cases = tuple(run_cases(plan, diagnosis))
-    return SimulationResult(plan=plan, endpoints=_topology(plan, salt=0).num_endpoints, cases=cases)
+def simulate(
+    plan: SimulationPlan, diagnosis: Diagnosis, *, tell: Callable[[SimulatedCase], None] | None = None
+) -> SimulationResult:
+    """Runs every case of `plan` through `diagnosis`, which sees the fabric's answers and nothing else. `tell` hears of
+    each case as soon as it is done."""
+    cases = []
+    for case in run_cases(plan, diagnosis):
+        cases.append(case)
+        if tell is not None:
+            tell(case)
+    return SimulationResult(plan=plan, endpoints=_topology(plan, salt=0).num_endpoints, cases=tuple(cases))
 
 
 def run_cases(plan: SimulationPlan, diagnosis: Diagnosis) -> Iterator[SimulatedCase]:
@@ -192,7 +200,7 @@ def score(number: int, situation: Situation, verdict: Verdict, *, real_s: float)
         ),
         right=all(named) if faults else verdict.healthy,
         extra=known.count(False),
-        rounds=verdict.rounds,
+        rounds=situation.fabric.calls,
         simulated_s=situation.fabric.seconds,
         real_s=real_s,
     )

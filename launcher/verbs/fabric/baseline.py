@@ -70,7 +70,9 @@ def read_sweep(path: Path) -> SweepResult:
     try:
         return SweepResult.from_data(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is no sweep ({type(error).__name__}: {error}): write one with `mega fabric sweep --output FILE`") from error  # fmt: skip
+        raise RunError(
+            f"{path} is no sweep ({type(error).__name__}: {error}): write one with `mega fabric sweep --output FILE`"
+        ) from error
 
 
 VERBS: dict[str, Callable[..., int]] = {"save": save, "list": list_, "check": check}

@@ -70,6 +70,7 @@ def diagnose(
 
 def _examine(fabric: MeasuredFabric, exclude_file: Path | None, output: Path | None) -> Answer:
     from cluster.fabric.diagnose import diagnose as diagnose_fabric
+
     from cluster.fabric.findings import hosts_to_exclude
 
     verdict = diagnose_fabric(fabric)

@@ -36,24 +36,24 @@ def simulate(
 ) -> int:
     """Put faults into simulated fabrics and see whether the same diagnosis finds them. Ends with 3 where one was missed."""
     from cluster.fabric.diagnose import diagnose
-    from cluster.fabric.simulation.campaign import SimulationResult, run_cases
+    from cluster.fabric.simulation.campaign import SimulatedCase
+    from cluster.fabric.simulation.campaign import simulate as simulate_cases
 
-    plan = _plan(hosts, topology, fault, cases, seed, oversubscription)
-    told = []
-    for case in run_cases(plan, diagnose):
-        told.append(case)
+    def tell(case: SimulatedCase) -> None:
         out.say(
             f"case {case.number}: {'right' if case.right else 'WRONG'} in {case.rounds} rounds; was "
             f"{' and '.join(case.expected) or 'healthy'}; said {' and '.join(case.found) or 'healthy'}"
         )
-    result = SimulationResult(plan=plan, cases=tuple(told))
+
+    plan = _plan(hosts, topology, fault, cases, seed, oversubscription)
+    result = simulate_cases(plan, diagnose, tell=tell)
     out.say(
-        f"{result.right} of {len(told)} right ({result.share_right:.1%}), at most {result.max_rounds} rounds, "
-        f"{sum(case.real_s for case in told) / len(told):.2f} s a case"
+        f"{result.right} of {cases} right ({result.share_right:.1%}), at most {result.max_rounds} rounds, "
+        f"{sum(case.real_s for case in result.cases) / cases:.2f} s a case"
     )
     write_json(output, result.as_data())
     out.result(result.as_data())
-    return 0 if result.right == len(told) else EXIT_REFUSED
+    return 0 if result.right == cases else EXIT_REFUSED
 
 
 def _plan(hosts: int, topology: str, fault: str, cases: int, seed: int, oversubscription: float) -> SimulationPlan:

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from cluster.fabric.measured.fabric import MeasuredFabric
     from cluster.fabric.sweep import SweepPlan, SweepResult
 
-Kinds = Annotated[str, typer.Option(help="Which: all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send_recv; or all.")]  # fmt: skip
+Kinds = Annotated[
+    str, typer.Option(help="Some of all_reduce,all_gather,reduce_scatter,all_to_all,broadcast,send_recv; or all.")
+]
 Sizes = Annotated[str, typer.Option(help="Bytes as nccl-tests count them: FIRST:LAST[:FACTOR], or a list. K, M, G.")]
 MeshOption = Annotated[
     str | None,
