@@ -78,6 +78,11 @@ class SimulatedFabric:
         """On the simulated clock: the slowest of each call's measurements, and 5 ms a call to start it."""
         return self._seconds
 
+    @property
+    def calls(self) -> int:
+        """How many measurements were asked for, of whatever kind."""
+        return self._calls
+
     def compute(self, who: Sequence[int], *, work_s: float) -> Figures:
         """Takes as long as the slowest: machines do not wait for one another. Raises UnresponsiveError."""
         number = np.asarray(who, dtype=np.intp)

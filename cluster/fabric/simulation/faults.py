@@ -67,7 +67,7 @@ class Fault:
     """The measurement from which on the endpoint answers no more."""
 
     def recognised(self, finding: Finding, topology: Topology) -> bool:
-        """Whether `finding` names this fault: its kind, and its hosts.
+        """Whether `finding` names this fault: its kind, its hosts and, where hosts have several rails, its rail.
 
         A slow cable: a pair of hosts whose traffic crosses it. An uplink: all hosts of its leaf (in a fabric of two leaves,
         where the uplink is the same for both, also the other's, or all).
@@ -76,7 +76,16 @@ class Fault:
             return False
         if self.expected == "bad_path":
             return self._crosses(finding, topology)
+        if topology.rails > 1 and not self._on_its_rail(finding, topology):
+            return False
         return set(finding.hosts) in self._culprits(topology)
+
+    def _on_its_rail(self, finding: Finding, topology: Topology) -> bool:
+        """A host computes, and goes missing, as a whole; a network card is one of several."""
+        if self.expected in ("slow_host", "missing_rank"):
+            return True
+        rails = {rank % topology.rails for rank in finding.ranks}
+        return self.endpoint is not None and rails == {self.endpoint % topology.rails}
 
     def described(self, topology: Topology) -> str:
         """Kind and place in a few words."""

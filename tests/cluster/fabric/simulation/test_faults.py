@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -97,6 +98,17 @@ def test_an_uplink_is_named_by_all_hosts_of_its_leaf() -> None:
     assert fault.recognised(_finding("congested_uplink", range(first, first + 32)), topology)
     assert not fault.recognised(_finding("congested_uplink", range(first, first + 31)), topology)
     assert not fault.recognised(_finding("congested_uplink", range(1024)), topology)
+
+
+def test_a_network_card_is_named_with_its_rail() -> None:
+    topology = fat_tree(64, rails=8)
+    for injection, any_rail in (("slow_sender", False), ("slow_host", True)):
+        fault = _draws(injection, topology)[0]
+        host = fault.endpoint // 8
+        named = dataclasses.replace(_finding(fault.expected, [host]), ranks=(fault.endpoint,))
+        other = dataclasses.replace(named, ranks=(host * 8 + (fault.endpoint + 1) % 8,))
+        assert fault.recognised(named, topology)
+        assert fault.recognised(other, topology) == any_rail
 
 
 @pytest.mark.parametrize("hosts", [range(4), range(4, 8), range(8)])
