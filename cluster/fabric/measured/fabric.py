@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
+import numpy as np
+
+from cluster.fabric.measured.agent import Agent
+from cluster.fabric.measured.control import Hub, Message
+from cluster.fabric.measured.meeting import meet
 from cluster.fabric.measured.place import FabricPlace, MeasureOptions
-from cluster.fabric.measured.transport import CollectiveKind
-from cluster.fabric.probing import Endpoint, Figures, Flows
+from cluster.fabric.measured.trains import plan_train
+from cluster.fabric.measured.transport import COLLECTIVE_KINDS, DTYPE_BYTES, CollectiveCall, CollectiveKind
+from cluster.fabric.measured.world import choose_transport, endpoints_of, network_addresses, require_agreement
+from cluster.fabric.probing import Endpoint, Figures, Flows, StalledError, UnresponsiveError
 
 T = TypeVar("T")
 
@@ -32,41 +41,77 @@ class MeasuredFabric:
     and raises that error again.
     """
 
+    def __init__(self, hub: Hub, place: FabricPlace, options: MeasureOptions) -> None:
+        """Waits for all ranks, and connects them. Raises FabricError where they differ in what must be the same."""
+        self._hub = hub
+        self._options = options
+        self._world_size = place.world_size
+        self._failure: UnresponsiveError | StalledError | None = None
+        self._unit_seconds: float | None = None
+        missing = hub.gather(options.start_timeout_s)
+        require_agreement(hub.hellos)
+        self._transport = choose_transport(hub.hellos, options.transport)
+        self._endpoints = endpoints_of(hub.hellos, rails=options.rails, missing=missing, hosts=place.hosts)
+        self._begin = time.monotonic()
+        if missing:
+            self._failure = UnresponsiveError(missing, "the start")
+        else:
+            self._open()
+
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """One rank of each host; with `rails`, and where all ranks are on one host, every rank."""
-        raise NotImplementedError
+        """One rank of each host; with `rails`, and where all ranks are on one host, every rank.
+
+        Ranks that never came are among them where the launcher knew their hosts.
+        """
+        return self._endpoints
 
     @property
     def seconds(self) -> float:
         """Since the ranks met."""
-        raise NotImplementedError
+        return time.monotonic() - self._begin
 
     @property
     def transport(self) -> str:
         """gloo, nccl or mpi."""
-        raise NotImplementedError
+        return self._transport
 
     @property
     def world_size(self) -> int:
         """Ranks in all, endpoints or not."""
-        raise NotImplementedError
+        return self._world_size
+
+    @property
+    def intact(self) -> bool:
+        """False after an error: nothing more can be measured."""
+        return self._failure is None
 
     def compute(self, who: Sequence[int], *, work_s: float) -> Figures:
-        """See `Fabric.compute`. Ranks of one machine take turns."""
-        raise NotImplementedError
+        """See `Fabric.compute`. Ranks of one machine take turns.
+
+        A quota of CPU time shows in wall-clock time only where `work_s` is a few of its periods (100 ms by default) long.
+        """
+        if self._unit_seconds is None:
+            everybody = range(len(self._endpoints))
+            self._unit_seconds = float(min(self._in_turns(everybody, {"do": "calibrate"}, 5.0)))
+        units = max(1, round(work_s / self._unit_seconds))
+        return np.array(self._in_turns(who, {"do": "compute", "units": units}, 50 * work_s))
 
     def transfer(self, flows: Flows, *, num_bytes: int) -> Figures:
         """See `Fabric.transfer`."""
-        raise NotImplementedError
+        train = asdict(plan_train(num_bytes))
+        return self._flow_figures(flows, {"do": "transfer", "train": train}, f"a transfer of {num_bytes} bytes")
 
     def round_trip(self, pairs: Flows, *, repeats: int, num_bytes: int = 8) -> Figures:
         """See `Fabric.round_trip`; the message has `num_bytes`."""
-        raise NotImplementedError
+        command = {"do": "round_trip", "repeats": repeats, "num_bytes": num_bytes}
+        return self._flow_figures(pairs, command, "round trips")
 
     def counters(self) -> Sequence[Mapping[str, float]]:
         """See `Fabric.counters`."""
-        raise NotImplementedError
+        commands = {endpoint.rank: {"do": "counters"} for endpoint in self._endpoints}
+        answers = self._ask(commands, self._options.round_timeout_s, "reading counters")
+        return [answers[endpoint.rank]["growth"] for endpoint in self._endpoints]
 
     def collective(
         self,
@@ -85,9 +130,112 @@ class MeasuredFabric:
         `num_bytes` is the size as nccl-tests defines it for each kind: of all that a rank ends up with for all_gather, of
         all that it gives for reduce_scatter and all_to_all, of the buffer for the others. send_recv: each rank sends to
         the next of its group and receives from the one before. `with_compute`: ranks compute at the same time.
-        `check`: data are compared with what they must be, once, outside the timing.
+        `check`: data are compared with what they must be, once, outside the timing. Raises ValueError where the
+        arguments make no sense.
         """
-        raise NotImplementedError
+        ranks = [rank for group in groups for rank in group]
+        if len(set(ranks)) != len(ranks) or not set(ranks) <= set(range(self._world_size)) or not ranks:
+            raise ValueError(f"groups must be disjoint lists of ranks below {self._world_size}, not {groups}")
+        if kind not in COLLECTIVE_KINDS or dtype not in DTYPE_BYTES:
+            raise ValueError(f"{kind} of {dtype}: kinds are {COLLECTIVE_KINDS}, dtypes {tuple(DTYPE_BYTES)}")
+        commands: dict[int, Message] = {}
+        for group in groups:
+            call = CollectiveCall(
+                kind=kind,
+                num_bytes=num_bytes,
+                group=tuple(group),
+                iterations=iterations,
+                warmup=warmup,
+                dtype=dtype,
+                with_compute=with_compute,
+                check=check,
+            )
+            commands |= {rank: {"do": "collective", "call": asdict(call)} for rank in group}
+        answers = self._ask(commands, self._options.round_timeout_s, f"{kind} of {num_bytes} bytes")
+        return CollectiveTimes(
+            ranks=tuple(ranks),
+            seconds=np.array([answers[rank]["seconds"] for rank in ranks], dtype=np.float64),
+            correct=all(answers[rank]["correct"] for rank in ranks),
+        )
+
+    def _open(self) -> None:
+        """Connects the ranks; a failure waits for the first measurement, as that of a missing rank does."""
+        peers = [endpoint.rank for endpoint in self._endpoints]
+        addresses = network_addresses(self._hub)
+        commands: dict[int, Message] = {
+            rank: {"do": "open", "transport": self._transport, "peers": peers, "address": address}
+            for rank, address in addresses.items()
+        }
+        try:
+            self._ask(commands, self._options.start_timeout_s, "connecting")
+        except (UnresponsiveError, StalledError) as error:
+            self._failure = error
+
+    def _in_turns(self, who: Sequence[int], command: Message, timeout_s: float) -> list[float]:
+        """Each endpoint's seconds. Machines work at the same time, ranks of one machine one after another."""
+        turns: list[list[int]] = []
+        taken: Counter[str] = Counter()
+        for place, index in enumerate(who):
+            machine = self._endpoints[index].machine
+            if taken[machine] == len(turns):
+                turns.append([])
+            turns[taken[machine]].append(place)
+            taken[machine] += 1
+        seconds = [0.0] * len(who)
+        for turn in turns:
+            ranks = {self._endpoints[who[place]].rank: place for place in turn}
+            wait_s = max(timeout_s, self._options.round_timeout_s)
+            for rank, answer in self._ask(dict.fromkeys(ranks, command), wait_s, "computing").items():
+                seconds[ranks[rank]] = answer["seconds"]
+        return seconds
+
+    def _flow_figures(self, flows: Flows, command: Message, during: str) -> Figures:
+        """One figure for each flow, from a command that every rank gets with its own flows."""
+        parts: dict[int, list[tuple[int, int, int]]] = {}
+        for index, (begin, end) in enumerate(np.asarray(flows).reshape(-1, 2).tolist()):
+            sender, receiver = self._endpoints[begin].rank, self._endpoints[end].rank
+            if sender == receiver:
+                raise ValueError(f"a flow needs two ends: endpoint {begin} was to send to itself")
+            for rank in (sender, receiver):
+                parts.setdefault(rank, []).append((index, sender, receiver))
+        timeout_s = self._options.round_timeout_s
+        commands: dict[int, Message] = {rank: {**command, "flows": part} for rank, part in parts.items()}
+        figures = np.full(len(flows), np.nan)
+        for answer in self._ask(commands, timeout_s, during).values():
+            for index, figure in answer["figures"]:
+                figures[index] = figure
+        return figures
+
+    def _ask(self, commands: Mapping[int, Message], timeout_s: float, during: str) -> dict[int, Message]:
+        """The answers of all ranks that were asked; or the error that ends this fabric."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            timed = {rank: {**command, "timeout_s": timeout_s} for rank, command in commands.items()}
+            answers = self._hub.ask(timed, timeout_s=timeout_s, during=during)
+            _require_completion(commands, answers, during)
+        except (UnresponsiveError, StalledError) as error:
+            self._failure = error
+            raise
+        return answers
+
+
+def _require_completion(commands: Mapping[int, Message], answers: Mapping[int, Message], during: str) -> None:
+    """Raises StalledError where a rank says that something did not come through."""
+    flows = {(flow[1], flow[2]): None for rank in commands for flow in _unfinished(commands[rank], answers[rank])}
+    reasons = {rank: answer["stalled"] for rank, answer in answers.items() if "stalled" in answer}
+    if reasons and not flows:
+        rank, reason = next(iter(reasons.items()))
+        raise StalledError([], f"{during} ({len(reasons)} ranks stopped waiting; rank {rank}: {reason})")
+    if flows:
+        raise StalledError(list(flows), during)
+
+
+def _unfinished(command: Message, answer: Message) -> list[Any]:
+    """A command's flows (index, sender, receiver) that were not through."""
+    if "stalled" in answer:
+        return list(command.get("flows", []))
+    return [flow for flow in command.get("flows", []) if flow[0] in answer.get("unfinished", [])]
 
 
 def run_on_fabric(place: FabricPlace, options: MeasureOptions, work: Callable[[MeasuredFabric], T]) -> T | None:
@@ -98,4 +246,16 @@ def run_on_fabric(place: FabricPlace, options: MeasureOptions, work: Callable[[M
     Raises FabricError on a rank that cannot reach rank 0 or loses it, that came too late, or that differs from rank 0
     in versions or options.
     """
-    raise NotImplementedError
+    meeting = meet(place, options)
+    agent = Agent(meeting, place, options)
+    if meeting.hub is None:
+        agent.join()
+        return None
+    fabric = None
+    try:
+        fabric = MeasuredFabric(meeting.hub, place, options)
+        return work(fabric)
+    finally:
+        meeting.close()
+        meeting.hub.stop(clean=fabric is not None and fabric.intact)
+        agent.join()
