@@ -136,15 +136,16 @@ class Contrast:
         return 0.0 if gap > 0 else 1.0
 
 
-def contrast(values: ArrayLike, *, least_spread: float = 0.0) -> Contrast:
-    """Trimmed mean and its standard error by Yuen's method: a fifth is trimmed from each end where there are five or more.
+def contrast(values: ArrayLike, *, known_spread: float = 0.0, known_dof: float = 0.0) -> Contrast:
+    """Trimmed mean and its moderated standard error: a fifth is trimmed from each end where there are five or more.
 
     Args:
         values: independent comparisons, such as differences of logarithms of suspect and control.
-        least_spread: the spread of one value is taken to be at least this: what is known of the noise from elsewhere,
-            since a few values may agree by chance.
+        known_spread: standard deviation of one value as known from elsewhere, since a few values may agree by chance.
+        known_dof: as how many values' worth that knowledge counts beside these.
 
-    Source: Yuen (1974), The two-sample trimmed t for unequal population variances.
+    Sources: Yuen (1974), The two-sample trimmed t for unequal population variances, for the trimming; Smyth (2004), Linear
+    models and empirical Bayes methods, equation 7, for the moderation.
     """
     data = np.sort(np.asarray(values, dtype=np.float64))
     count = data.size
@@ -152,11 +153,14 @@ def contrast(values: ArrayLike, *, least_spread: float = 0.0) -> Contrast:
         return Contrast(mean=math.nan, standard_error=math.inf, dof=1.0, count=0)
     cut = int(0.2 * count)
     kept = data[cut : count - cut]
+    own_dof = kept.size - 1
+    dof = own_dof + known_dof
+    if dof <= 0:
+        return Contrast(mean=float(kept.mean()), standard_error=math.inf, dof=1.0, count=count)
     winsorised = np.clip(data, kept[0], kept[-1])
-    spread = float(np.std(winsorised, ddof=1)) if count > 1 else math.inf
-    spread *= count / kept.size
-    error = max(spread, least_spread) / math.sqrt(count)
-    return Contrast(mean=float(kept.mean()), standard_error=error, dof=float(max(kept.size - 1, 1)), count=count)
+    own = float(np.var(winsorised, ddof=1)) * (count / kept.size) ** 2 if own_dof else 0.0
+    variance = (own_dof * own + known_dof * known_spread**2) / dof
+    return Contrast(mean=float(kept.mean()), standard_error=math.sqrt(variance / count), dof=float(dof), count=count)
 
 
 @dataclass(frozen=True, kw_only=True)

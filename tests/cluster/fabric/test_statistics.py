@@ -45,7 +45,7 @@ def test_spread_and_noise_are_those_put_in_whatever_the_outliers() -> None:
 def test_a_contrast_of_few_values_that_agree_by_chance_is_not_believed() -> None:
     agreeing = contrast([0.101, 0.100, 0.102])
     assert agreeing.tail_beyond(0.0) < 1e-3
-    assert contrast([0.101, 0.100, 0.102], least_spread=0.08).tail_beyond(0.0) > 0.05
+    assert contrast([0.101, 0.100, 0.102], known_spread=0.08, known_dof=6).tail_beyond(0.0) > 0.01
     assert contrast([0.4]).tail_beyond(0.0) == 1.0
 
 

@@ -1,0 +1,232 @@
+"""Which few slow parts of the network explain all measured rates. Pure numpy.
+
+The model of one flow's rate, with the physics of a path as fast as its slowest part:
+
+    log rate = mu + min(0, effect of every slow part that the flow passes) + noise
+
+A part is a rectangle of the pair matrix: a row (sender), a column (receiver), a cell (path) or a block (uplink). Parts are
+added one by one, each time the one that makes the measurements most likely; that is median polish with a sparse set of
+effects, and a loss that outliers cannot dominate. A part must be worth the price of naming it, which grows with the
+logarithm of the number of parts of its kind, so that noise alone buys none (the minimum description length: Rissanen, 1978).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..probing import Figures, Flows
+from ..statistics import robust_spread
+from .observations import Observations
+
+PartKind = Literal["sender", "receiver", "path", "uplink"]
+Mask = NDArray[np.bool_]
+
+_HEALTHY_QUANTILE = 75
+"""Percentile of rates taken as healthy at first: an uplink congested both ways slows more than half of all pairs."""
+_MOST_PARTS = 6
+_EXHAUSTIVE = 10
+"""Up to this many endpoints all ways to divide them in two are tried as groups with an uplink between them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of the network that flows from some endpoints to some others pass."""
+
+    kind: PartKind
+    senders: frozenset[int]
+    receivers: frozenset[int]
+
+    def passed_by(self, flows: Flows) -> Mask:
+        """(F,) whether each flow passes it."""
+        return np.isin(flows[:, 0], list(self.senders)) & np.isin(flows[:, 1], list(self.receivers))
+
+    @property
+    def host(self) -> int:
+        """Of a sender or receiver: the endpoint."""
+        return next(iter(self.senders if self.kind == "sender" else self.receivers))
+
+
+def sender(endpoint: int, count: int) -> Part:
+    """All that `endpoint` of `count` sends."""
+    return Part(kind="sender", senders=frozenset([endpoint]), receivers=frozenset(range(count)) - {endpoint})
+
+
+def receiver(endpoint: int, count: int) -> Part:
+    """All that `endpoint` of `count` receives."""
+    return Part(kind="receiver", senders=frozenset(range(count)) - {endpoint}, receivers=frozenset([endpoint]))
+
+
+def path(source: int, sink: int) -> Part:
+    """From one endpoint to one other."""
+    return Part(kind="path", senders=frozenset([source]), receivers=frozenset([sink]))
+
+
+def uplink(sources: frozenset[int], sinks: frozenset[int]) -> Part:
+    """From one group of endpoints to another."""
+    return Part(kind="uplink", senders=sources, receivers=sinks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspicion:
+    """A part that would explain what was measured."""
+
+    part: Part
+    effect: float
+    """Logarithm of the share of the healthy rate that is left where it is slowest; below zero."""
+    worth: float
+    """By how much it makes the measurements more likely, in logarithms, less its price."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """The parts that explain the measurements best, and what is left."""
+
+    suspicions: tuple[Suspicion, ...]
+    healthy_log_rate: float
+    worth: float
+
+
+def divisions(count: int, leaves: Sequence[str | None]) -> list[frozenset[int]]:
+    """Groups of endpoints that may share an uplink: by the names of leaf switches, by order, and, of a few, all."""
+    groups: dict[frozenset[int], None] = {}
+    named = {leaf for leaf in leaves if leaf is not None}
+    for leaf in sorted(named):
+        groups[frozenset(index for index in range(count) if leaves[index] == leaf)] = None
+    if not named:
+        for start, stop in itertools.combinations(range(count + 1), 2):
+            groups[frozenset(range(start, stop))] = None
+        if count <= _EXHAUSTIVE:
+            for size in range(2, count // 2 + 1):
+                groups |= dict.fromkeys(map(frozenset, itertools.combinations(range(count), size)))
+    everyone = frozenset(range(count))
+    sides = {side: None for group in groups for side in (group, everyone - group)}
+    return [side for side in sides if 2 <= len(side) <= count - 2]
+
+
+def explain(seen: Observations, *, leaves: Sequence[str | None], least_effect: float) -> Explanation:
+    """The best of several greedy explanations: without any uplink, and starting with each of the likeliest uplinks.
+
+    Args:
+        seen: all pairs, both ways; more than once.
+        leaves: name of each endpoint's leaf switch, None where unknown.
+        least_effect: smallest share of the rate lost that is of interest.
+    """
+    search = _Search(seen, divisions(seen.num_endpoints, leaves), math.log1p(-least_effect))
+    best = search.greedy(())
+    for first in search.likeliest_uplinks():
+        other = search.greedy((first,))
+        if other.worth > best.worth:
+            best = other
+    return best
+
+
+class _Search:
+    """Candidate parts, which observations each is passed by, and the greedy choice among them."""
+
+    def __init__(self, seen: Observations, sides: Sequence[frozenset[int]], least: float) -> None:
+        count = seen.num_endpoints
+        everyone = frozenset(range(count))
+        pairs = sorted({(int(a), int(b)) for a, b in seen.flows})
+        self.parts = [sender(index, count) for index in range(count)]
+        self.parts += [receiver(index, count) for index in range(count)]
+        self.parts += [path(a, b) for a, b in pairs]
+        self.parts += [uplink(side, everyone - side) for side in sides]
+        totals = {
+            kind: sum(part.kind == kind for part in self.parts) for kind in ("sender", "receiver", "path", "uplink")
+        }
+        self._price = [3.0 + math.log(totals[part.kind]) for part in self.parts]
+        self._masks = self._passed(seen.flows, count)
+        self._logs = seen.log_rates
+        self._rounds = seen.rounds
+        self._least = least
+        self._noise = seen.noise()
+        self._mu = float(np.percentile(self._logs, _HEALTHY_QUANTILE))
+
+    def _passed(self, flows: Flows, count: int) -> Mask:
+        """(C, K) whether each observation passes each part."""
+        sends = np.zeros((len(self.parts), count), dtype=bool)
+        receives = np.zeros((len(self.parts), count), dtype=bool)
+        for row, part in enumerate(self.parts):
+            sends[row, list(part.senders)] = True
+            receives[row, list(part.receivers)] = True
+        return sends[:, flows[:, 0]] & receives[:, flows[:, 1]]
+
+    def likeliest_uplinks(self, most: int = 6) -> list[int]:
+        """Indices of the uplinks that explain most by themselves."""
+        nothing = np.zeros(self._logs.size)
+        spreads = np.full(self._logs.size, self._noise)
+        worths = [
+            (self._tried(index, nothing, spreads)[1], index)
+            for index, part in enumerate(self.parts)
+            if part.kind == "uplink"
+        ]
+        return [index for worth, index in sorted(worths, reverse=True)[:most] if worth > 0]
+
+    def greedy(self, first: Sequence[int]) -> Explanation:
+        """Adds the worthiest part until none is worth its price. `first`: indices of parts to begin with."""
+        effects = np.zeros(self._logs.size)
+        spreads = np.full(self._logs.size, self._noise)
+        chosen: list[tuple[int, float, float]] = []
+        queue = list(first)
+        while len(chosen) < _MOST_PARTS:
+            if queue:
+                index = queue.pop(0)
+            else:
+                residual = self._logs - self._mu - effects
+                low = np.clip(residual / spreads, -4, 4) @ self._masks.T / np.maximum(self._masks.sum(axis=1), 1)
+                likely = np.flatnonzero(low < -0.5)
+                tries = [(self._tried(int(i), effects, spreads)[1], int(i)) for i in likely]
+                if not tries or max(tries)[0] <= 0:
+                    break
+                index = max(tries)[1]
+            part_effects, worth, level = self._tried(index, effects, spreads)
+            chosen.append((index, level, worth))
+            ruled = part_effects < effects
+            effects = np.minimum(effects, part_effects)
+            if ruled.any():
+                spreads[ruled] = max(self._noise, robust_spread((self._logs - self._mu - effects)[ruled]))
+        suspicions = tuple(Suspicion(part=self.parts[i], effect=level, worth=worth) for i, level, worth in chosen)
+        return Explanation(
+            suspicions=suspicions, healthy_log_rate=self._mu, worth=sum(suspicion.worth for suspicion in suspicions)
+        )
+
+    def _tried(self, index: int, effects: Figures, spreads: Figures) -> tuple[Figures, float, float]:
+        """The part's effect on each observation, its worth given the others' effects, and its strongest effect."""
+        mask = self._masks[index]
+        below = self._logs - self._mu
+        part_effects = np.zeros_like(below)
+        levels = self._loads(mask) if self.parts[index].kind == "uplink" else np.zeros(int(mask.sum()), dtype=np.intp)
+        strongest, used, floor = 0.0, 0, 0.0
+        for level in np.unique(levels):
+            members = np.flatnonzero(mask)[levels == level]
+            # A part shows only in flows that no other part slows more: the median of those, found in two steps.
+            effect = float(np.median(below[members]))
+            free = members[effects[members] > effect]
+            effect = float(np.median(below[free])) if free.size else effect
+            # An uplink that bears more flows gives each of them no more.
+            effect = min(effect, floor)
+            if effect < 0.6 * self._least:
+                part_effects[members] = effect
+                strongest, used, floor = min(strongest, effect), used + 1, effect
+        if not used:
+            return part_effects, -math.inf, 0.0
+        together = np.minimum(effects, part_effects)
+        gain = _loss((below - effects)[mask] / spreads[mask]) - _loss((below - together)[mask] / spreads[mask])
+        return part_effects, gain - self._price[index] - (used - 1), strongest
+
+    def _loads(self, mask: Mask) -> NDArray[np.intp]:
+        """For each observation in the mask: how many flows of the same round are in it too."""
+        rounds = self._rounds[mask]
+        return np.bincount(rounds)[rounds]
+
+
+def _loss(deviations: Figures) -> float:
+    """Minus the log likelihood of deviations in units of the noise, by Student's t with three degrees of freedom."""
+    return float(2.0 * np.log1p(deviations**2 / 3.0).sum())

@@ -1,0 +1,152 @@
+"""What is wrong with a fabric, from measurements alone. Imports without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .analysis.explain import Part
+from .analysis.judgement import Slow, judged
+from .analysis.sentences import names_in_words
+from .findings import Finding, Kind, Verdict
+from .probing import Fabric, StalledError, UnresponsiveError
+from .settings import DiagnosisSettings
+from .stages.competitors import competitors
+from .stages.computing import SlowCompute, slow_computing
+from .stages.confirm import Confirmation, Confirmed
+from .stages.queues import standing_queue
+from .stages.screen import screen
+from .stages.session import Session
+
+MOST_IN_FULL = 64
+"""Endpoints of which all pairs are measured; with more, pairs are drawn adaptively."""
+
+
+def diagnose(fabric: Fabric, settings: DiagnosisSettings | None = None) -> Verdict:
+    """Screens the fabric, confirms each suspicion by fresh measurements, and says what is wrong.
+
+    A rank that does not answer and a transfer that does not complete are findings, not errors, and end the diagnosis: what was
+    confirmed before is in the verdict too.
+    """
+    session = Session(fabric, settings or DiagnosisSettings())
+    slow: list[Slow] = []
+    broken: list[Finding] = []
+    try:
+        for stage in (_network, _computing):
+            slow += stage(session)
+    except UnresponsiveError as error:
+        broken.append(_missing(session, error))
+    except StalledError as error:
+        broken.append(_stalled(session, error))
+    findings = [*broken, *judged(slow, session.endpoints, growth=session.growth)]
+    return Verdict(
+        findings=tuple(findings),
+        alpha_s=session.alpha_s,
+        beta_s_per_byte=_beta(session),
+        seconds=fabric.seconds,
+        rounds=session.rounds,
+        details=_details(session),
+    )
+
+
+def _computing(session: Session) -> list[Slow]:
+    return [_slow_compute(item) for item in slow_computing(session)]
+
+
+def _network(session: Session) -> list[Slow]:
+    if session.count < 2:
+        return []
+    suspected = [suspicion.part for suspicion in screen(session).suspicions]
+    confirmed: list[Confirmed] = []
+    tried: set[Part] = set()
+    # A suspicion may prove wrong in a way that names a better one: a path whose sender is slow to others as well.
+    while suspected:
+        tried |= set(suspected)
+        confirmation = Confirmation(session, suspected)
+        confirmed += [item for item in confirmation.run() if item.part not in {known.part for known in confirmed}]
+        suspected = [part for part in confirmation.spoilt_paths() if part not in tried]
+    return [_slow_part(session, item, confirmed) for item in confirmed]
+
+
+def _slow_part(session: Session, item: Confirmed, confirmed: Sequence[Confirmed]) -> Slow:
+    evidence: dict[str, Any] = {
+        "bytes_per_s": item.bytes_per_s,
+        "control_bytes_per_s": item.control_bytes_per_s,
+        "comparisons": item.loss.count,
+    }
+    if item.part.kind != "path":
+        queue = standing_queue(session, item.part, [other.part for other in confirmed if other is not item])
+        if queue is not None:
+            evidence["standing_queue"] = queue.standing
+            evidence["idle_round_trip_s"] = queue.round_trip_s
+            evidence["control_round_trip_s"] = queue.control_round_trip_s
+    if item.part.kind == "uplink":
+        evidence |= competitors(session, item, standing=bool(evidence.get("standing_queue", False)))
+    return Slow(part=item.part, log_loss=item.loss.mean, tail=item.tail, evidence=evidence)
+
+
+def _slow_compute(item: SlowCompute) -> Slow:
+    evidence = {"compute_s": item.seconds, "control_compute_s": item.control_s, "comparisons": item.loss.count}
+    return Slow(part=None, endpoint=item.endpoint, log_loss=item.loss.mean, tail=item.tail, evidence=evidence)
+
+
+def _missing(session: Session, error: UnresponsiveError) -> Finding:
+    hosts = _hosts_of(session, error.ranks)
+    ranks = "rank" if len(error.ranks) == 1 else "ranks"
+    numbers = ", ".join(map(str, error.ranks))
+    return _broken(
+        "missing_rank",
+        hosts,
+        error.ranks,
+        f"{names_in_words(hosts)} ({ranks} {numbers}) does not answer any more: it was gone or stopped during {error.during}.",
+        during=error.during,
+    )
+
+
+def _stalled(session: Session, error: StalledError) -> Finding:
+    ends = [rank for flow in error.flows for rank in flow]
+    # An end that all stalled flows share is the culprit; without one, all ends are named.
+    shared = [rank for rank in dict.fromkeys(ends) if all(rank in flow for flow in error.flows)]
+    ranks = tuple(shared) if len(error.flows) > 1 and shared else tuple(dict.fromkeys(ends))
+    hosts = _hosts_of(session, ranks)
+    flows = ", ".join(f"{a} to {b}" for a, b in error.flows)
+    return _broken(
+        "transport_fault",
+        hosts,
+        ranks,
+        f"Transfers do not complete at {names_in_words(hosts)}: all ranks answer, and from rank {flows} nothing arrives.",
+        during=error.during,
+        flows=[list(flow) for flow in error.flows],
+    )
+
+
+def _broken(kind: Kind, hosts: tuple[str, ...], ranks: Sequence[int], said: str, **evidence: Any) -> Finding:
+    return Finding(kind=kind, hosts=hosts, ranks=tuple(ranks), confidence=0.99, evidence=evidence, sentence=said)
+
+
+def _hosts_of(session: Session, ranks: Sequence[int]) -> tuple[str, ...]:
+    """Of ranks that are endpoints; a rank that is none is named by its number."""
+    names = {endpoint.rank: endpoint.host for endpoint in session.endpoints}
+    return tuple(dict.fromkeys(names.get(rank, f"rank {rank}") for rank in ranks))
+
+
+def _beta(session: Session) -> float | None:
+    return float(np.exp(-np.median(session.seen.log_rates))) if len(session.seen) else None
+
+
+def _details(session: Session) -> dict[str, Any]:
+    hosts = [endpoint.host for endpoint in session.endpoints]
+    details: dict[str, Any] = {"hosts": hosts}
+    if len(session.seen):
+        rates = session.seen.matrix()
+        details["pairs_bytes_per_s"] = [[None if np.isnan(rate) else float(rate) for rate in row] for row in rates]
+        details["noise_share"] = session.seen.noise()
+        details["transfer_bytes"] = session.num_bytes
+    if session.compute_s is not None:
+        details["compute_s"] = dict(zip(hosts, map(float, session.compute_s)))
+    leaves = dict.fromkeys(endpoint.leaf for endpoint in session.endpoints if endpoint.leaf is not None)
+    if leaves:
+        details["groups"] = [[end.host for end in session.endpoints if end.leaf == leaf] for leaf in leaves]
+    return details
