@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.fabric.statistics import least_squares
+from cluster.fabric.statistics import LeastSquares, least_squares
 
 Algorithm = Literal["ring", "tree"]
 
@@ -156,28 +156,32 @@ def fit_alpha_beta(
     time = np.asarray(seconds, dtype=np.float64)
     steps = np.full(len(time), message_steps(kind, group_size, algorithm), dtype=np.float64)
     design = np.stack([steps, np.asarray(sizes, dtype=np.float64) * bus_factor(kind, group_size)], axis=1)
-    free = [0, 1]
     fit = least_squares(design, time, time**-2.0)
-    if np.any(fit.coefficients < 0):
-        free = [int(np.argmax(fit.coefficients >= 0))]
-        fit = least_squares(design[:, free], time, time**-2.0)
-    estimates = [Interval(value=0.0, low=0.0, high=0.0)] * 2
-    for place, column in enumerate(free):
-        low, high = float(fit.low[place]), float(fit.high[place])
-        known = math.isfinite(low) and math.isfinite(high)
-        estimates[column] = Interval(
-            value=float(fit.coefficients[place]), low=low if known else None, high=high if known else None
-        )
+    estimates = [_interval(fit, place) for place in range(2)]
+    below = fit.coefficients < 0
+    if np.any(below):
+        kept = int(np.argmin(below))
+        high = estimates[1 - kept].high
+        none = Interval(value=0.0, low=None, high=None)
+        estimates[1 - kept] = none if high is None else Interval(value=0.0, low=0.0, high=max(high, 0.0))
+        fit = least_squares(design[:, [kept]], time, time**-2.0)
+        estimates[kept] = _interval(fit, 0)
     return AlphaBeta(
         kind=kind,
         group_size=group_size,
         algorithm=algorithm,
         alpha_s=estimates[0],
         beta_s_per_byte=estimates[1],
-        correlation=_correlation(design / time[:, None]) if len(free) == 2 else 0.0,
+        correlation=0.0 if np.any(below) else _correlation(design / time[:, None]),
         residual_share=fit.residual_spread if fit.dof else 0.0,
         num_sizes=len(set(sizes)),
     )
+
+
+def _interval(fit: LeastSquares, place: int) -> Interval:
+    value, low, high = (float(ends[place]) for ends in (fit.coefficients, fit.low, fit.high))
+    known = math.isfinite(low) and math.isfinite(high)
+    return Interval(value=value, low=low if known else None, high=high if known else None)
 
 
 def _correlation(weighted: NDArray[np.float64]) -> float:

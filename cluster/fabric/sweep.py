@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -151,8 +151,6 @@ class SweepResult:
     taken_at: str
     """ISO 8601, UTC."""
     seconds: float
-    circumstances: Mapping[str, Any] = field(default_factory=dict)
-    """Plain data: versions, devices, the command."""
 
     @property
     def correct(self) -> bool:
@@ -165,14 +163,22 @@ class SweepResult:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> SweepResult:
-        """What `as_data` wrote. Raises KeyError or TypeError where it is something else."""
+        """What `as_data` wrote, with or without more keys beside it. Raises KeyError or TypeError where it is another thing."""
         rows = tuple(
             SweepRow(**{**row, "times": Times(**row["times"]), "slowest_ranks": tuple(row["slowest_ranks"])})
             for row in data["rows"]
         )
-        fits = tuple(GroupFit(**{**fit, "model": AlphaBeta.from_data(fit["model"])}) for fit in data["fits"])
         groups = tuple(GroupSet(**{**each, "groups": tuple(map(tuple, each["groups"]))}) for each in data["groups"])
-        return cls(**{**data, "rows": rows, "fits": fits, "groups": groups, "hosts": tuple(data["hosts"])})
+        return cls(
+            rows=rows,
+            fits=tuple(GroupFit(**{**fit, "model": AlphaBeta.from_data(fit["model"])}) for fit in data["fits"]),
+            groups=groups,
+            transport=data["transport"],
+            world_size=data["world_size"],
+            hosts=tuple(data["hosts"]),
+            taken_at=data["taken_at"],
+            seconds=data["seconds"],
+        )
 
 
 def sweep(
