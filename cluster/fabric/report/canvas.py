@@ -57,7 +57,7 @@ def _save(draw: Draw, palette: Palette, width: float, height: float, target: Any
     except ImportError as error:
         raise FabricError("a report is drawn by matplotlib, which is not here: pip install 'mega[report]'") from error
     installed = {font.name for font in fontManager.ttflist}
-    style = {
+    style: Any = {
         "font.family": [font for font in _FONTS if font in installed],
         "font.size": 10,
         "svg.fonttype": "none",

@@ -63,9 +63,7 @@ def kinds_of(groups: Mapping[str, Sequence[Curve]]) -> list[str]:
 def heat_note(pairs: Pairs) -> str:
     """Its unit, and how to read it."""
     shown = f"; {len(pairs.names)} of {pairs.num_hosts:,} hosts" if len(pairs.names) < pairs.num_hosts else ""
-    return (
-        f"{units.bit_rates([pairs.median]).name}, row sends to column, median {_median(pairs)}; darker is slower{shown}"
-    )
+    return f"{units.bit_rates([pairs.median]).name}, row sends to column, median {_median(pairs)}; the redder the slower{shown}"
 
 
 def _median(pairs: Pairs) -> str:
@@ -165,9 +163,7 @@ def waits(axes: Axes, timeline: Waits, palette: Palette) -> None:
 
 def late_note(timeline: Waits) -> str:
     """How to read it."""
-    return (
-        f"for which rank the others wait, over the steps; darkest is {units.seconds(np.nanmax(timeline.late))} a step"
-    )
+    return f"for which rank the others wait, over the steps; the reddest is {units.seconds(np.nanmax(timeline.late))} a step"
 
 
 def late(axes: Axes, timeline: Waits, palette: Palette) -> None:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.fabric.report import drawings
 from cluster.fabric.report.canvas import png
@@ -88,7 +88,7 @@ def _lines(data: ReportData) -> list[tuple[str, bool]]:
 
 
 def _head(figure: Figure, data: ReportData, lines: Sequence[tuple[str, bool]], palette: Palette, height: float) -> None:
-    def write(left: float, top: float, text: str, **style: object) -> None:
+    def write(left: float, top: float, text: str, **style: Any) -> None:
         figure.text(left / _WIDTH, 1 - top / height, text, va="baseline", **style)
 
     write(_MARGIN, 46, data.title, fontsize=20, fontweight="bold")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -105,7 +105,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def pairs_of(verdict: Plain | None) -> Pairs | None:
-    """The pair matrix of a verdict; None where it has none. Of many hosts those with the most measured and named ones."""
+    """The pair matrix of a verdict, of a large fabric the part that tells most; None where it has none."""
     details = (verdict or {}).get("details", {})
     names, matrix = details.get("hosts"), details.get("pairs_bytes_per_s")
     if not names or not matrix:
@@ -113,14 +113,32 @@ def pairs_of(verdict: Plain | None) -> Pairs | None:
     rates = np.array([[np.nan if rate is None else rate for rate in row] for row in matrix], dtype=np.float64)
     if np.isnan(rates).all():
         return None
-    num_hosts = len(names)
-    if num_hosts > MOST_HOSTS:
-        named = {host for finding in findings_of(verdict) for host in finding.hosts}
-        measured = np.sum(~np.isnan(rates), axis=0) + np.sum(~np.isnan(rates), axis=1)
-        first = sorted(range(num_hosts), key=lambda host: (names[host] not in named, -int(measured[host]), host))
-        shown = sorted(first[:MOST_HOSTS])
-        names, rates = [names[host] for host in shown], rates[np.ix_(shown, shown)]
-    return None if np.isnan(rates).all() else Pairs(names=tuple(names), rates=rates, num_hosts=num_hosts)
+    named = {host for finding in findings_of(verdict) for host in finding.hosts}
+    pairs = most_telling(Pairs(names=tuple(names), rates=rates, num_hosts=len(names)), MOST_HOSTS, named=named)
+    return None if np.isnan(pairs.rates).all() else pairs
+
+
+def most_telling(pairs: Pairs, most: int, *, named: Collection[str] = ()) -> Pairs:
+    """At most `most` hosts: the named, then those with the slowest median, as sender or as receiver, then single pair."""
+    count = len(pairs.names)
+    if count <= most:
+        return pairs
+    known = np.where(np.isnan(pairs.rates), np.inf, pairs.rates)
+    both = np.concatenate([known, known.T], axis=1)
+    slowest = both.min(axis=1)
+    ways = np.minimum(_medians(pairs.rates), _medians(pairs.rates.T))
+    unnamed = np.array([name not in named for name in pairs.names])
+    shown = sorted(np.lexsort((np.arange(count), slowest, ways, unnamed))[:most])
+    return Pairs(
+        names=tuple(pairs.names[host] for host in shown),
+        rates=pairs.rates[np.ix_(shown, shown)],
+        num_hosts=pairs.num_hosts,
+    )
+
+
+def _medians(rates: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n,) of each row; infinite where it has nothing."""
+    return np.array([np.median(known) if (known := row[~np.isnan(row)]).size else np.inf for row in rates])
 
 
 def fabric_of(verdict: Plain | None) -> Fabric | None:
