@@ -1,7 +1,7 @@
 """Sweeps of a cluster kept over time, and what has become slower since.
 
 Whether a change is more than noise is judged by the noise that was measured: how much the stored sweeps differ among
-themselves where there are three or more, else how much the changes of one comparison scatter about their median.
+themselves where there are three or more, else how much the changes of single sizes scatter about that of their series.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ FALSE_ALARM_RATE = 0.01
 _LEAST_HISTORY = 3
 _HISTORY = 20
 """Stored sweeps, the newest, that tell how much runs differ."""
-_CLEARLY_LATENCY = 0.25
-"""Sizes below this share of the one at which alpha and beta cost the same tell of alpha, those above it of beta."""
+_CLEARLY = 4.0
+"""Sizes so many times below the one at which alpha and beta cost the same tell of alpha, those so many times above it of
+beta; those between of neither."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,8 @@ class _Change:
     now: float
     error: float
     """Standard error of the logarithm of their ratio, of the noise within the runs."""
+    by_size: tuple[float, ...]
+    """The logarithm of the ratio at each of these sizes."""
 
     @property
     def log_ratio(self) -> float:
@@ -205,10 +208,12 @@ def _changes(
         for metric, sizes in _telling_sizes([row.num_bytes for _, row in pairs], crossovers.get(series, 0.0)).items():
             telling = [pair for pair in pairs if pair[1].num_bytes in sizes]
             noise = [math.hypot(before.times.noise_share, row.times.noise_share) for before, row in telling]
+            old_figures, figures = (np.array([_figure(row, metric) for row in rows]) for rows in zip(*telling))
             changes[series, metric] = _Change(
-                before=_level([before for before, _ in telling], metric),
-                now=_level([row for _, row in telling], metric),
+                before=float(np.exp(np.log(old_figures).mean())),
+                now=float(np.exp(np.log(figures).mean())),
                 error=math.hypot(*noise) / len(noise),
+                by_size=tuple(map(float, np.log(figures / old_figures))),
             )
     return changes
 
@@ -217,14 +222,13 @@ def _telling_sizes(sizes: Sequence[int], crossover: float) -> dict[Metric, set[i
     """Which sizes tell of bandwidth (the largest always does), and which of latency."""
     if not sizes:
         return {}
-    large = {size for size in sizes if size >= crossover} | {max(sizes)}
-    small = {size for size in sizes if size < _CLEARLY_LATENCY * crossover} - large
+    large = {size for size in sizes if size >= _CLEARLY * crossover} | {max(sizes)}
+    small = {size for size in sizes if size * _CLEARLY <= crossover} - large
     return {"busbw": large, "latency": small} if small else {"busbw": large}
 
 
-def _level(rows: Sequence[SweepRow], metric: Metric) -> float:
-    values = [row.busbw_bytes_per_s if metric == "busbw" else row.times.median_s for row in rows]
-    return float(np.exp(np.mean(np.log(values))))
+def _figure(row: SweepRow, metric: Metric) -> float:
+    return row.busbw_bytes_per_s if metric == "busbw" else row.times.median_s
 
 
 def _crossovers(result: SweepResult) -> dict[Series, float]:
@@ -245,21 +249,26 @@ def _run_noise(
     crossovers: Mapping[Series, float],
     changes: Mapping[Key, _Change],
 ) -> _RunNoise:
+    repeats: dict[Key, list[float]] = {}
     if len(history) < _LEAST_HISTORY:
-        scatter = robust_spread([change.log_ratio for change in changes.values()]) / math.sqrt(2.0)
-        return _RunNoise(of_all=scatter, of_one={}, dof=float(max(len(changes) - 1, 1)))
-    values: dict[Key, list[float]] = {}
-    for result in history:
-        for key, change in _changes(_by_series(result), there, crossovers).items():
-            values.setdefault(key, []).append(change.log_ratio)
-    keys = list(values)
+        repeats = {key: list(change.by_size) for key, change in changes.items()}
+    else:
+        for result in history:
+            for key, change in _changes(_by_series(result), there, crossovers).items():
+                repeats.setdefault(key, []).append(change.log_ratio)
+    keys = [key for key in repeats if len(repeats[key]) > 1]
     noise = noise_from_repeats(
-        [value for key in keys for value in values[key]],
-        [place for place, key in enumerate(keys) for _ in values[key]],
+        [value for key in keys for value in repeats[key]],
+        [place for place, key in enumerate(keys) for _ in repeats[key]],
     )
-    own = {key: robust_spread(values[key]) for key in keys if len(values[key]) >= _LEAST_HISTORY + 1}
-    dof = float(max(sum(len(each) - 1 for each in values.values()), 1))
-    return _RunNoise(of_all=0.0 if math.isnan(noise) else noise, of_one=own, dof=dof)
+    # Of two sizes in two runs each, the ratio has the noise of both runs.
+    of_one_run = noise / math.sqrt(2.0) if len(history) < _LEAST_HISTORY else noise
+    enough = [key for key in keys if len(history) > _LEAST_HISTORY and len(repeats[key]) > _LEAST_HISTORY]
+    return _RunNoise(
+        of_all=0.0 if math.isnan(of_one_run) else of_one_run,
+        of_one={key: robust_spread(repeats[key]) for key in enough},
+        dof=float(max(sum(len(repeats[key]) - 1 for key in keys), 1)),
+    )
 
 
 def _regression(key: Key, change: _Change, *, confidence: float, label: str) -> Regression:
