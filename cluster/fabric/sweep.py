@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -151,6 +151,8 @@ class SweepResult:
     taken_at: str
     """ISO 8601, UTC."""
     seconds: float
+    circumstances: Mapping[str, Any] = field(default_factory=dict)
+    """Plain data of whoever asked for it: versions, devices, the command."""
 
     @property
     def correct(self) -> bool:
@@ -178,6 +180,7 @@ class SweepResult:
             hosts=tuple(data["hosts"]),
             taken_at=data["taken_at"],
             seconds=data["seconds"],
+            circumstances=data.get("circumstances", {}),
         )
 
 
