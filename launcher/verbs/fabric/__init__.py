@@ -10,11 +10,13 @@ from launcher.verbs.fabric.pairs import pairs
 from launcher.verbs.fabric.report import report
 from launcher.verbs.fabric.simulate import simulate
 from launcher.verbs.fabric.sweep import sweep
+from launcher.verbs.fabric.watch import watch
 
 VERBS: dict[str, Callable[..., int]] = {
     "diagnose": diagnose,
     "sweep": sweep,
     "pairs": pairs,
+    "watch": watch,
     "report": report,
     "simulate": simulate,
 }

@@ -65,12 +65,12 @@ def diagnose(
         return tell(out, Answer(data={"ranks": place.num_ranks}, lines=lines)) if place.rank == 0 else 0
     files = [("--exclude-file", exclude_file), ("--output", output)]
     arguments = [word for name, path in files if path for word in (name, str(path.absolute()))]
+    arguments += ["--rails"] if rails else []
     return ask(out, "diagnose", reach, arguments, lambda fabric: _examine(fabric, exclude_file, output))
 
 
 def _examine(fabric: MeasuredFabric, exclude_file: Path | None, output: Path | None) -> Answer:
     from cluster.fabric.diagnose import diagnose as diagnose_fabric
-
     from cluster.fabric.findings import hosts_to_exclude
 
     verdict = diagnose_fabric(fabric)

@@ -59,6 +59,7 @@ def pairs(
     given = [("--bytes", str(num_bytes)), ("--repeats", str(repeats))]
     given += [("--output", str(output.absolute()))] if output else []
     arguments = [word for option in given for word in option]
+    arguments += ["--rails"] if rails else []
     return ask(out, "pairs", reach, arguments, lambda fabric: _measure(fabric, num_bytes, repeats, output))
 
 

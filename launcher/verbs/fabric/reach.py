@@ -71,10 +71,14 @@ class Reach:
     root: Path = Path("/")
 
     def as_arguments(self) -> list[str]:
-        """These options for the ranks that this process starts."""
-        given = [("--host-name", self.host_name), ("--interface", self.interface), ("--rails", self.rails or None)]
-        named = [word for name, value in given if value for word in ([name] if value is True else [name, str(value)])]
-        return [*named, "--transport", self.transport, "--timeout", f"{self.timeout_s:g}", "--root", str(self.root)]
+        """These options for the ranks that this process starts, but for `--rails`, which not every verb has."""
+        given = [
+            ("--host-name", self.host_name),
+            ("--interface", self.interface),
+            ("--root", None if self.root == Path("/") else str(self.root)),
+        ]
+        named = [word for name, value in given if value for word in (name, value)]
+        return [*named, "--transport", self.transport, "--timeout", f"{self.timeout_s:g}"]
 
 
 @dataclass(frozen=True, kw_only=True)

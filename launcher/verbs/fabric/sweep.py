@@ -111,9 +111,23 @@ def _measure(fabric: MeasuredFabric, plan: SweepPlan, output: Path | None) -> An
 
     everybody = dataclasses.replace(plan, groups=(*plan.groups, *rail_groups(fabric.endpoints)))
     result = sweep_fabric(fabric, everybody, taken_at=datetime.datetime.now(datetime.UTC))
-    result = dataclasses.replace(result, circumstances={"command": " ".join(["mega", *sys.argv[1:]])})
-    write_json(output, result.as_data())
-    return Answer(data=result.as_data(), lines=_table(result), exit_code=0 if result.correct else EXIT_REFUSED)
+    data = {**result.as_data(), "circumstances": _circumstances()}
+    write_json(output, data)
+    return Answer(data=data, lines=_table(result), exit_code=0 if result.correct else EXIT_REFUSED)
+
+
+def _circumstances() -> dict[str, str]:
+    """What the figures belong to."""
+    from importlib.metadata import version
+
+    from cluster.hardware import this_machine
+
+    return {
+        "command": " ".join(["mega", *sys.argv[1:]]),
+        "device": this_machine().device_name,
+        "torch": version("torch"),
+        "mega": version("mega"),
+    }
 
 
 def _table(result: SweepResult) -> list[str]:
