@@ -33,6 +33,8 @@ computes as well."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 _LEAST_ITERATIONS = 5
+_SURELY_SHORT_BYTES = 1 << 20
+"""A first size above this gets few iterations, since nothing tells yet how long it takes."""
 _MEDIAN_OVER_MEAN = 1.2533
 """Standard error of the median over that of the mean, for normal noise: sqrt(pi / 2)."""
 
@@ -255,7 +257,7 @@ def _sizes(plan: SweepPlan, kind: str, group_size: int) -> list[int]:
 def _iterations(plan: SweepPlan, size: int, before: SweepRow | None) -> int:
     """As many as the plan says, or as will fit into its time, by what the size before took; never fewer than five."""
     if before is None:
-        return plan.iterations
+        return plan.iterations if size <= _SURELY_SHORT_BYTES else min(plan.iterations, _LEAST_ITERATIONS)
     expected_s = before.times.median_s * max(size / before.num_bytes, 1.0)
     return max(min(plan.iterations, int(plan.seconds_per_row / expected_s)), min(plan.iterations, _LEAST_ITERATIONS))
 
@@ -275,7 +277,7 @@ def _measure(
             size,
             together,
             iterations=iterations,
-            warmup=plan.warmup,
+            warmup=plan.warmup if iterations == plan.iterations else min(plan.warmup, 1),
             dtype=plan.dtype,
             with_compute=mode == "with_compute",
             check=plan.check,

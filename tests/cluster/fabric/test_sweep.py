@@ -109,6 +109,9 @@ def test_large_sizes_get_fewer_iterations_but_never_fewer_than_five() -> None:
     assert iterations[0] == 20
     assert iterations[-1] == 5
     assert iterations == sorted(iterations, reverse=True)
+    large = SweepPlan(groups=(world_group(8),), sizes=(1 << 28,), kinds=("all_reduce",), iterations=20)
+    sweep(fabric, large, taken_at=NOON)
+    assert fabric.calls[-1][3] == 5
 
 
 def test_times_are_over_ranks_and_iterations() -> None:
