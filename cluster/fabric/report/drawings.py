@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cluster.fabric.report import units
 from cluster.fabric.report.palette import Palette
-from cluster.fabric.report.views import Curve, Pairs, Waits, short_names
+from cluster.fabric.report.views import HEAT_STEPS, MOST_HOSTS, Curve, Pairs, Waits, medians, short_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,26 +60,45 @@ def kinds_of(groups: Mapping[str, Sequence[Curve]]) -> list[str]:
     return list(dict.fromkeys(curve.kind for group in groups.values() for curve in group))
 
 
-def heat_note(pairs: Pairs) -> str:
+def pairs_note(pairs: Pairs) -> str:
     """Its unit, and how to read it."""
-    shown = f"; {len(pairs.names)} of {pairs.num_hosts:,} hosts" if len(pairs.names) < pairs.num_hosts else ""
-    return f"{units.bit_rates([pairs.median]).name}, row sends to column, median {_median(pairs)}; the redder the slower{shown}"
+    unit = units.bit_rates([pairs.median])
+    median = f"{unit.show(pairs.median)} {unit.name}"
+    if len(pairs.names) > MOST_HOSTS:
+        return f"medians of each host's measured pairs, in % of the median of all, {median}"
+    return f"{unit.name}, row sends to column, median {unit.show(pairs.median)}; the redder the slower"
 
 
-def _median(pairs: Pairs) -> str:
-    return units.bit_rates([pairs.median]).show(pairs.median)
+def pairs_margins(pairs: Pairs) -> tuple[float, float]:
+    """Room in pixels that names need to the left of the matrix and above it."""
+    if len(pairs.names) > MOST_HOSTS:
+        return 40.0, 8.0
+    longest = 6.2 * max(map(len, short_names(pairs.names).values()))
+    return longest + 14, (longest if _is_crowded(pairs) else 8) + 16
 
 
-def heat(axes: Axes, pairs: Pairs, palette: Palette) -> None:
-    """The pair matrix, a row sends to a column: the slower against the median, the darker."""
+def pairs(axes: Axes, measured: Pairs, palette: Palette, *, named: Collection[str]) -> None:
+    """The pair matrix or, of a large fabric, each host's medians; `named` hosts of findings have their names there."""
+    if len(measured.names) > MOST_HOSTS:
+        _medians(axes, measured, palette, named=named)
+    else:
+        _matrix(axes, measured, palette)
+
+
+def _is_crowded(pairs: Pairs) -> bool:
+    return len(pairs.names) > _MOST_WITH_NUMBERS or max(map(len, short_names(pairs.names).values())) > 6
+
+
+def _matrix(axes: Axes, pairs: Pairs, palette: Palette) -> None:
     names, steps = short_names(pairs.names), pairs.heat()
     count = len(pairs.names)
     unit = units.bit_rates([pairs.median])
+    seam = 0.02 if count <= 24 else 0.0
     for row in range(count):
         for step in range(len(palette.heat)):
-            cells = [(column + 0.02, 0.96) for column in range(count) if steps[row, column] == step]
+            cells = [(column + seam, 1 - 2 * seam) for column in range(count) if steps[row, column] == step]
             if cells:
-                axes.broken_barh(cells, (row + 0.02, 0.96), facecolors=palette.heat[step], linewidth=0)
+                axes.broken_barh(cells, (row + seam, 1 - 2 * seam), facecolors=palette.heat[step], linewidth=0)
         if count <= _MOST_WITH_NUMBERS:
             for column in np.flatnonzero(steps[row] >= 0):
                 axes.text(
@@ -93,17 +112,44 @@ def heat(axes: Axes, pairs: Pairs, palette: Palette) -> None:
                 )
     axes.set_xlim(0, count)
     axes.set_ylim(count, 0)
-    axes.set_aspect("equal")
-    every = max(-(-count // 24), 1)
-    places = range(0, count, every)
+    axes.set_aspect("equal", anchor="NW")
+    places = range(0, count, max(-(-count // 24), 1))
     labels = [names[pairs.names[place]] for place in places]
-    upright = max(map(len, labels)) * 7 < 36 * every * 24 / max(count, 24)
+    upright: dict[str, Any] = {}
+    if _is_crowded(pairs):
+        upright = {"rotation": 90, "rotation_mode": "anchor", "ha": "left", "va": "center"}
     axes.xaxis.tick_top()
-    axes.set_xticks([place + 0.5 for place in places], labels, rotation=0 if upright else 90)
+    axes.set_xticks([place + 0.5 for place in places], labels, **upright)
     axes.set_yticks([place + 0.5 for place in places], labels)
     axes.tick_params(length=0, pad=4)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _medians(axes: Axes, pairs: Pairs, palette: Palette, *, named: Collection[str]) -> None:
+    names, places = short_names(pairs.names), np.arange(len(pairs.names))
+    for way, rates, marker, colour in (
+        ("sends", pairs.rates, "^", palette.series[0]),
+        ("receives", pairs.rates.T, "v", palette.series[1]),
+    ):
+        shares = 100 * medians(rates) / pairs.median
+        axes.scatter(places, shares, marker=marker, s=9, color=colour, linewidths=0, label=way)
+        for place in places:
+            if pairs.names[place] in named and shares[place] < 100 * HEAT_STEPS[0]:
+                axes.annotate(
+                    names[pairs.names[place]],
+                    (place, shares[place]),
+                    xytext=(0, -11),
+                    textcoords="offset points",
+                    color=palette.bad,
+                    ha="center",
+                    fontsize=9,
+                )
+    axes.set_ylim(0, 118)
+    axes.set_xlim(-0.02 * len(places), 1.02 * len(places))
+    axes.set_xticks([])
+    axes.legend(loc="lower left", ncols=2, handletextpad=0.2, labelcolor=palette.muted)
+    _grid(axes, palette)
 
 
 def compute_note(times: Mapping[str, float]) -> str:
@@ -132,8 +178,8 @@ def compute(axes: Axes, times: Mapping[str, float], palette: Palette, *, slow: C
                 ha="center",
                 fontsize=9,
             )
-    every = max(-(-len(times) // 12), 1)
-    axes.set_xticks(places[::every], list(names.values())[::every])
+    every = max(-(-len(times) // 8), 1)
+    axes.set_xticks(places[::every], [names[host] for host in list(times)[::every]])
     reach = max(max(shares), 5.0)
     axes.set_ylim(min(min(shares), -0.25 * reach) - 0.1 * reach, 1.25 * reach)
     axes.set_xlim(-0.6, len(times) - 0.4)
@@ -173,10 +219,14 @@ def late(axes: Axes, timeline: Waits, palette: Palette) -> None:
     edges = _edges(timeline.steps)
     for row, values in enumerate(timeline.late):
         steps = [-1 if np.isnan(value) else round(most * value / greatest) for value in values]
-        for step in range(len(palette.heat)):
-            cells = [(edges[n], edges[n + 1] - edges[n]) for n, own in enumerate(steps) if own == step]
-            if cells:
-                axes.broken_barh(cells, (row + 0.04, 0.92), facecolors=palette.heat[step], linewidth=0)
+        place = 0
+        # Neighbours of one colour are one bar, without seams.
+        for step, run in groupby(steps):
+            end = place + len(list(run))
+            if step >= 0:
+                bar = (edges[place], edges[end] - edges[place])
+                axes.broken_barh([bar], (row + 0.04, 0.92), facecolors=palette.heat[step], linewidth=0)
+            place = end
     every = max(-(-len(timeline.ranks) // 16), 1)
     rows = range(0, len(timeline.ranks), every)
     axes.set_yticks([row + 0.5 for row in rows], [str(timeline.ranks[row]) for row in rows])

@@ -20,6 +20,7 @@ from cluster.fabric.report.views import (
     fabric_of,
     findings_of,
     hosts_of_kind,
+    named_hosts,
     pairs_of,
     waits_of,
 )
@@ -151,13 +152,16 @@ def _rows(data: ReportData) -> list[list[_Panel]]:
             )
         )
     if pairs := pairs_of(data.verdict):
+        named = named_hosts(data.verdict)
+        left, above = drawings.pairs_margins(pairs)
         first.append(
             _Panel(
                 title="Pairs of hosts",
-                note=drawings.heat_note(pairs),
-                draw=lambda axes, palette, _: drawings.heat(axes, pairs, palette),
+                note=drawings.pairs_note(pairs),
+                draw=lambda axes, palette, _: drawings.pairs(axes, pairs, palette, named=named),
                 height=HEIGHT,
-                top=22,
+                left=left,
+                top=above,
                 bottom=6,
             )
         )

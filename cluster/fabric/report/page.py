@@ -24,7 +24,16 @@ from cluster.fabric.report.tables import (
     wrong_data,
 )
 from cluster.fabric.report.topology import HEIGHT, topology, topology_note
-from cluster.fabric.report.views import Curve, compute_of, curves_of, fabric_of, hosts_of_kind, pairs_of, waits_of
+from cluster.fabric.report.views import (
+    Curve,
+    compute_of,
+    curves_of,
+    fabric_of,
+    hosts_of_kind,
+    named_hosts,
+    pairs_of,
+    waits_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,9 +122,13 @@ def _fabric_drawings(data: ReportData) -> list[_Drawing]:
         paint = _Paint(onto=lambda axes, palette: topology(axes, fabric, palette, width=_FULL), margins=(0, 0, 0, 0))
         drawn.append(_drawing("Topology", topology_note(fabric), paint, width=_FULL, height=HEIGHT, name="topology"))
     if pairs := pairs_of(data.verdict):
-        paint = _Paint(onto=lambda axes, palette: drawings.heat(axes, pairs, palette), margins=(44, 4, 4, 26))
+        named = named_hosts(data.verdict)
+        left, above = drawings.pairs_margins(pairs)
+        paint = _Paint(
+            onto=lambda axes, palette: drawings.pairs(axes, pairs, palette, named=named), margins=(left, 4, 4, above)
+        )
         drawn.append(
-            _drawing("Pairs of hosts", drawings.heat_note(pairs), paint, width=_HALF, height=_HALF - 22, name="pairs")
+            _drawing("Pairs of hosts", drawings.pairs_note(pairs), paint, width=_HALF, height=_HALF - 22, name="pairs")
         )
     if times := compute_of(data.verdict):
         slow = hosts_of_kind(data.verdict, "slow_host")

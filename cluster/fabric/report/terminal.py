@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cluster.fabric.report import units
-from cluster.fabric.report.views import HEAT_STEPS, Pairs, most_telling, short_names
+from cluster.fabric.report.views import HEAT_STEPS, Pairs, short_names, slowest_part
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -27,7 +27,7 @@ def heat_map(matrix: Matrix, names: Sequence[str]) -> str:
     rates = np.array([[np.nan if rate is None else rate for rate in row] for row in matrix], dtype=np.float64)
     if not rates.size or np.isnan(rates).all():
         return "nothing was measured between hosts"
-    pairs = most_telling(Pairs(names=tuple(names), rates=rates, num_hosts=len(names)), _MOST_COLUMNS)
+    pairs = slowest_part(Pairs(names=tuple(names), rates=rates), _MOST_COLUMNS)
     short = short_names(pairs.names)
     labels = [short[name] for name in pairs.names]
     unit = units.bit_rates([pairs.median])

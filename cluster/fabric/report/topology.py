@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cluster.fabric.report.canvas import bare, box
@@ -11,10 +12,13 @@ from cluster.fabric.report.views import Fabric, Leaf, short_names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_HOST_TOP, _HOST_HEIGHT = 118.0, 40.0
-_LEAF_BOTTOM, _LEAF_HEIGHT = 202.0, 28.0
-_SPINE_BOTTOM, _SPINE_HEIGHT = 286.0, 28.0
-_GAP, _LEAF_GAP, _MARGIN = 8.0, 34.0, 14.0
+_HOST_TOP, _HOST_HEIGHT = 122.0, 40.0
+_LEAF_BOTTOM, _LEAF_HEIGHT = 202.0, 32.0
+_SPINE_BOTTOM, _SPINE_HEIGHT = 288.0, 28.0
+_MARGIN = 14.0
+_LABEL_WIDTH, _LABEL_HEIGHT = 74.0, 15.0
+_NARROW = 26.0
+"""Hosts below this width have no room for a name."""
 HEIGHT = 336.0
 """Of the drawing, in pixels."""
 _WORDS = {
@@ -39,38 +43,64 @@ def topology_note(fabric: Fabric) -> str:
 def topology(axes: Axes, fabric: Fabric, palette: Palette, *, width: float) -> None:
     """Hosts below their leaves, leaves below the spine; arrows tell the direction in which a link or path is slow."""
     bare(axes, width, HEIGHT)
-    slots = sum(max(len(leaf.hosts) + bool(leaf.num_hidden), 1) for leaf in fabric.leaves)
-    room = width - 2 * _MARGIN - _LEAF_GAP * (len(fabric.leaves) - 1)
-    host_width = min(room / slots - _GAP, 120.0)
-    left = (
-        width - (slots * (host_width + _GAP) - _GAP * len(fabric.leaves) + _LEAF_GAP * (len(fabric.leaves) - 1))
-    ) / 2
-    names = short_names([host for leaf in fabric.leaves for host in leaf.hosts])
+    names = short_names(fabric.hosts)
+    many = len(fabric.hosts) > 16
+    gap, leaf_gap = (2.0, 24.0) if many else (8.0, 34.0)
+    slots, num_leaves = max(len(fabric.hosts), 1), len(fabric.leaves)
+    pitch = min((width - 2 * _MARGIN - leaf_gap * (num_leaves - 1)) / slots, 128.0)
+    left = (width - slots * pitch - leaf_gap * (num_leaves - 1)) / 2
     centres: dict[str, float] = {}
-    has_spine = len(fabric.leaves) > 1
     for leaf in fabric.leaves:
-        own = max(len(leaf.hosts) + bool(leaf.num_hidden), 1)
-        span = own * (host_width + _GAP) - _GAP
+        span = pitch * len(leaf.hosts)
         middle = left + span / 2
         for place, host in enumerate(leaf.hosts):
-            centres[host] = left + place * (host_width + _GAP) + host_width / 2
-            _host(axes, names[host], centres[host], host_width, fabric.marks.get(host, ()), palette)
-        if leaf.num_hidden:
-            _hidden(axes, leaf.num_hidden, left + span - host_width / 2, host_width, palette)
-        _switch(axes, leaf.name, middle, min(max(span, 90.0), span if own > 1 else 90.0), _LEAF_BOTTOM, palette)
-        if has_spine:
+            centres[host] = left + (place + 0.5) * pitch
+            _host(axes, names[host], centres[host], pitch - gap, fabric.marks.get(host, ()), palette)
+        label = f"{leaf.name}\n+{leaf.num_hidden:,} hosts" if leaf.num_hidden else leaf.name
+        _switch(axes, label, middle, max(span - gap, 58.0), _LEAF_BOTTOM, _LEAF_HEIGHT, palette)
+        if num_leaves > 1:
             _uplink(axes, leaf, middle, palette)
-        left += span + _LEAF_GAP
-    if has_spine:
-        _switch(axes, "uplinks", width / 2, width - 2 * _MARGIN, _SPINE_BOTTOM, palette)
-    if fabric.num_hidden_leaves:
-        note = f"{fabric.num_hidden_leaves:,} more leaves, nothing found there"
-        axes.text(
-            width - _MARGIN, _SPINE_BOTTOM + 14, f"{note}  ", color=palette.muted, ha="right", va="center", fontsize=9
-        )
+        left += span + leaf_gap
+    if num_leaves > 1:
+        more = f"     {fabric.num_hidden_leaves:,} more leaves, nothing found there" if fabric.num_hidden_leaves else ""
+        _switch(axes, f"uplinks{more}", width / 2, width - 2 * _MARGIN, _SPINE_BOTTOM, _SPINE_HEIGHT, palette)
     for sender, receiver in fabric.paths:
         if sender in centres and receiver in centres:
             _path(axes, centres[sender], centres[receiver], palette)
+    ends = {host: () for path in fabric.paths for host in path} if pitch - gap < _NARROW else {}
+    _labels(axes, {**ends, **fabric.marks}, centres, names, palette, with_names=pitch - gap < _NARROW)
+
+
+def _labels(
+    axes: Axes,
+    marks: Mapping[str, tuple[str, ...]],
+    centres: Mapping[str, float],
+    names: Mapping[str, str],
+    palette: Palette,
+    *,
+    with_names: bool,
+) -> None:
+    """What was found of each host, below it; one label lower than its neighbour's where both have no room."""
+    taken: list[tuple[float, float]] = []
+    for host in sorted(marks.keys() & centres.keys(), key=lambda host: centres[host]):
+        lines = [*([names[host]] if with_names else []), *(_WORDS[kind] for kind in marks[host])]
+        top = _HOST_TOP - _HOST_HEIGHT - 14
+        while any(abs(centres[host] - middle) < _LABEL_WIDTH and top > bottom for middle, bottom in taken):
+            top -= _LABEL_HEIGHT
+        taken.append((centres[host], top - _LABEL_HEIGHT * len(lines)))
+        for number, line in enumerate(lines):
+            axes.text(
+                centres[host],
+                top - _LABEL_HEIGHT * number,
+                line,
+                color=palette.bad,
+                ha="center",
+                va="center",
+                fontsize=9.5,
+                fontweight="bold" if with_names and number == 0 else "normal",
+                zorder=5,
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": palette.ground, "edgecolor": "none"},
+            )
 
 
 def _host(axes: Axes, name: str, middle: float, width: float, marks: tuple[str, ...], palette: Palette) -> None:
@@ -100,11 +130,12 @@ def _host(axes: Axes, name: str, middle: float, width: float, marks: tuple[str, 
         width,
         _HOST_HEIGHT,
         facecolor=palette.bad if filled else palette.panel,
+        radius=min(4.0, width / 3),
         edgecolor=palette.bad if bad else palette.line,
         linewidth=1.6 if bad else 1.0,
         linestyle=(0, (3, 2)) if gone else "solid",
     )
-    if width >= 6.2 * len(name) + 4 or bad:
+    if width >= max(_NARROW, 6.2 * len(name)):
         axes.text(
             middle,
             _HOST_TOP - _HOST_HEIGHT / 2,
@@ -115,48 +146,35 @@ def _host(axes: Axes, name: str, middle: float, width: float, marks: tuple[str, 
             fontsize=9.5,
             fontweight="bold" if bad else "normal",
         )
-    for line, kind in enumerate(marks):
-        axes.text(
-            middle,
-            _HOST_TOP - _HOST_HEIGHT - 14 - 15 * line,
-            _WORDS[kind],
-            color=palette.bad,
-            ha="center",
-            va="center",
-            fontsize=9.5,
-        )
 
 
-def _hidden(axes: Axes, count: int, middle: float, width: float, palette: Palette) -> None:
+def _switch(axes: Axes, name: str, middle: float, width: float, bottom: float, height: float, palette: Palette) -> None:
+    box(axes, middle - width / 2, bottom, width, height, facecolor=palette.panel, edgecolor=palette.line)
     axes.text(
-        middle,
-        _HOST_TOP - _HOST_HEIGHT / 2,
-        f"+{count:,}",
-        color=palette.muted,
-        ha="center",
-        va="center",
-        fontsize=9.5,
+        middle, bottom + height / 2, name, color=palette.muted, ha="center", va="center", fontsize=9, linespacing=1.15
     )
 
 
-def _switch(axes: Axes, name: str, middle: float, width: float, bottom: float, palette: Palette) -> None:
-    box(axes, middle - width / 2, bottom, width, _LEAF_HEIGHT, facecolor=palette.panel, edgecolor=palette.line)
-    axes.text(middle, bottom + _LEAF_HEIGHT / 2, name, color=palette.muted, ha="center", va="center", fontsize=9.5)
-
-
 def _uplink(axes: Axes, leaf: Leaf, middle: float, palette: Palette) -> None:
-    colour = palette.warn if leaf.congested else palette.quiet
+    """Two lines: what leaves the leaf, and what comes to it."""
     bottom, top = _LEAF_BOTTOM + _LEAF_HEIGHT, _SPINE_BOTTOM
-    for shift in (-4, 4):
-        axes.plot(
-            [middle + shift] * 2,
-            [bottom, top],
-            color=colour,
-            linewidth=3.4 if leaf.congested else 1.2,
-            solid_capstyle="butt",
+    for way, shift, start, end in (("out", -5, bottom, top), ("in", 5, top, bottom)):
+        congested = way in leaf.congested
+        axes.annotate(
+            "",
+            xy=(middle + shift, end),
+            xytext=(middle + shift, start),
+            arrowprops={
+                "arrowstyle": "-|>" if congested else "-",
+                "color": palette.warn if congested else palette.quiet,
+                "linewidth": 2.6 if congested else 1.2,
+                "shrinkA": 1,
+                "shrinkB": 1,
+                "mutation_scale": 12,
+            },
         )
     if leaf.congested:
-        axes.text(middle + 14, (bottom + top) / 2, "congested", color=palette.warn, va="center", fontsize=9.5)
+        axes.text(middle + 17, (bottom + top) / 2, "congested", color=palette.warn, va="center", fontsize=9.5)
 
 
 def _path(axes: Axes, sender: float, receiver: float, palette: Palette) -> None:

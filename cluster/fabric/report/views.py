@@ -15,6 +15,7 @@ from cluster.fabric.report.data import Plain
 
 HEAT_STEPS = (0.95, 0.9, 0.8, 0.65, 0.5, 0.3)
 """Shares of the median rate at which a pair gets the next darker colour."""
+MOST_LEAVES = 8
 MOST_HOSTS = 64
 """Of a larger fabric, a drawing shows as many: those that something was found of come first."""
 
@@ -26,8 +27,6 @@ class Pairs:
     names: tuple[str, ...]
     rates: NDArray[np.float64]
     """(n, n) bytes a second, row sends to column; NaN where nothing was measured."""
-    num_hosts: int
-    """Of the whole fabric, shown or not."""
 
     @property
     def median(self) -> float:
@@ -61,7 +60,8 @@ class Leaf:
     hosts: tuple[str, ...]
     num_hidden: int
     """Hosts that nothing was found of and that have no room."""
-    congested: bool
+    congested: frozenset[str]
+    """Directions in which its uplinks are: `out` of the leaf, `in` to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,11 @@ def hosts_of_kind(verdict: Plain | None, kind: str) -> frozenset[str]:
     return frozenset(host for finding in findings_of(verdict) if finding.kind == kind for host in finding.hosts)
 
 
+def named_hosts(verdict: Plain | None) -> frozenset[str]:
+    """Hosts that any finding names."""
+    return frozenset(host for finding in findings_of(verdict) for host in finding.hosts)
+
+
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Names without the domain that all share and, where they are long, without the start that all share."""
     first = {name: name.split(".")[0] for name in names}
@@ -105,7 +110,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def pairs_of(verdict: Plain | None) -> Pairs | None:
-    """The pair matrix of a verdict, of a large fabric the part that tells most; None where it has none."""
+    """The pair matrix of a verdict; None where it has none."""
     details = (verdict or {}).get("details", {})
     names, matrix = details.get("hosts"), details.get("pairs_bytes_per_s")
     if not names or not matrix:
@@ -113,39 +118,29 @@ def pairs_of(verdict: Plain | None) -> Pairs | None:
     rates = np.array([[np.nan if rate is None else rate for rate in row] for row in matrix], dtype=np.float64)
     if np.isnan(rates).all():
         return None
-    named = {host for finding in findings_of(verdict) for host in finding.hosts}
-    pairs = most_telling(Pairs(names=tuple(names), rates=rates, num_hosts=len(names)), MOST_HOSTS, named=named)
-    return None if np.isnan(pairs.rates).all() else pairs
+    return Pairs(names=tuple(names), rates=rates)
 
 
-def most_telling(pairs: Pairs, most: int, *, named: Collection[str] = ()) -> Pairs:
-    """At most `most` hosts: the named, then those with the slowest median, as sender or as receiver, then single pair."""
+def medians(rates: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n,) of each row of (n, n), NaN where it has nothing. Of the transposed matrix: of what each receives."""
+    return np.array([np.median(known) if (known := row[~np.isnan(row)]).size else np.nan for row in rates])
+
+
+def slowest_part(pairs: Pairs, most: int) -> Pairs:
+    """At most `most` hosts: those with the slowest median, as sender or as receiver, and then the slowest single pair."""
     count = len(pairs.names)
     if count <= most:
         return pairs
-    known = np.where(np.isnan(pairs.rates), np.inf, pairs.rates)
-    both = np.concatenate([known, known.T], axis=1)
-    slowest = both.min(axis=1)
-    ways = np.minimum(_medians(pairs.rates), _medians(pairs.rates.T))
-    unnamed = np.array([name not in named for name in pairs.names])
-    shown = sorted(np.lexsort((np.arange(count), slowest, ways, unnamed))[:most])
-    return Pairs(
-        names=tuple(pairs.names[host] for host in shown),
-        rates=pairs.rates[np.ix_(shown, shown)],
-        num_hosts=pairs.num_hosts,
-    )
-
-
-def _medians(rates: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n,) of each row; infinite where it has nothing."""
-    return np.array([np.median(known) if (known := row[~np.isnan(row)]).size else np.inf for row in rates])
+    known = np.nan_to_num(np.concatenate([pairs.rates, pairs.rates.T], axis=1), nan=np.inf)
+    ways = np.fmin(medians(pairs.rates), medians(pairs.rates.T))
+    shown = sorted(np.lexsort((np.arange(count), known.min(axis=1), np.nan_to_num(ways, nan=np.inf)))[:most])
+    return Pairs(names=tuple(pairs.names[host] for host in shown), rates=pairs.rates[np.ix_(shown, shown)])
 
 
 def fabric_of(verdict: Plain | None) -> Fabric | None:
     """The topology that a verdict knows of; None where it names no hosts."""
     details = (verdict or {}).get("details", {})
-    hosts = details.get("hosts")
-    if not hosts:
+    if not details.get("hosts"):
         return None
     findings = findings_of(verdict)
     marks: dict[str, tuple[str, ...]] = {}
@@ -154,59 +149,64 @@ def fabric_of(verdict: Plain | None) -> Fabric | None:
             for host in finding.hosts:
                 marks[host] = (*marks.get(host, ()), finding.kind)
     paths = tuple((finding.hosts[0], finding.hosts[-1]) for finding in findings if finding.kind == "bad_path")
-    crossing = [set(finding.hosts) for finding in findings if finding.kind == "congested_uplink"]
+    crossings = [_crossing(finding) for finding in findings if finding.kind == "congested_uplink"]
+    # A rank that never came has a host that was never measured.
+    hosts = list(dict.fromkeys([*details["hosts"], *marks]))
+    groups = _groups(hosts, details.get("groups") or _sides(findings))
     wanted = {*marks, *(host for path in paths for host in path)}
-    return _laid_out(_groups(hosts, details.get("groups")), wanted, crossing, marks, paths)
+    leaves = _laid_out(groups, wanted, crossings)
+    return Fabric(leaves=tuple(leaves), num_hidden_leaves=len(groups) - len(leaves), marks=marks, paths=paths)
 
 
-def _groups(hosts: Sequence[str], groups: Any) -> list[tuple[str, list[str]]]:
-    """Name and hosts of each leaf; one leaf with all hosts where nothing shows which share a switch."""
-    if isinstance(groups, Mapping):
-        named = [(str(name), list(members)) for name, members in groups.items()]
-    else:
-        named = [(f"leaf {number}", list(members)) for number, members in enumerate(groups or [])]
+def _sides(findings: Sequence[Finding]) -> list[list[str]]:
+    """The two sides of a congested uplink: what is known of the switches where nobody has told."""
+    sides = [[finding.evidence.get(key, []) for key in ("from_hosts", "to_hosts")] for finding in findings]
+    return next((side for side in sides if all(side)), [])
+
+
+def _crossing(finding: Finding) -> dict[str, frozenset[str]]:
+    """Hosts whose traffic out of their leaf is congested, and whose traffic in; all in both where it is not said."""
+    senders = frozenset(finding.evidence.get("from_hosts", finding.hosts))
+    receivers = frozenset(finding.evidence.get("to_hosts", finding.hosts))
+    if finding.evidence.get("both_ways", False):
+        senders = receivers = senders | receivers
+    return {"out": senders, "in": receivers}
+
+
+def _groups(hosts: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, list[str]]]:
+    """Name and hosts of each leaf; one switch with all hosts where nothing shows which of them share one."""
+    named = [(f"leaf {number}", list(dict.fromkeys(members))) for number, members in enumerate(groups)]
     known = {host for _, members in named for host in members}
-    rest = [host for host in hosts if host not in known]
-    if rest:
-        named.append(("switch" if not named else "elsewhere", rest))
+    if rest := [host for host in hosts if host not in known]:
+        named.append(("elsewhere" if named else "switch", rest))
     return named
 
 
 def _laid_out(
-    groups: Sequence[tuple[str, list[str]]],
-    wanted: set[str],
-    crossing: Sequence[set[str]],
-    marks: Mapping[str, tuple[str, ...]],
-    paths: tuple[tuple[str, str], ...],
-) -> Fabric:
+    groups: Sequence[tuple[str, list[str]]], wanted: set[str], crossings: Sequence[Mapping[str, frozenset[str]]]
+) -> list[Leaf]:
     """All leaves and hosts where there is room; else those with findings, and a few healthy ones beside them."""
     num_hosts = sum(len(members) for _, members in groups)
-    shown = list(groups)
+    congested = [
+        frozenset(way for crossing in crossings for way, hosts in crossing.items() if _most(members, hosts))
+        for _, members in groups
+    ]
+    shown, room = list(range(len(groups))), num_hosts
     if num_hosts > MOST_HOSTS:
-        most_leaves = 8
-        interest = [
-            len(wanted & set(members)) + sum(_most(members, hosts) for hosts in crossing) for _, members in groups
-        ]
-        order = sorted(range(len(groups)), key=lambda number: (-interest[number], number))[:most_leaves]
-        shown = [groups[number] for number in sorted(order)]
-    room = max(MOST_HOSTS // max(len(shown), 1), 1) if num_hosts > MOST_HOSTS else num_hosts
+        interest = [len(wanted.intersection(members)) + len(ways) for (_, members), ways in zip(groups, congested)]
+        shown = sorted(sorted(shown, key=lambda number: (-interest[number], number))[:MOST_LEAVES])
+        room = MOST_HOSTS // len(shown)
     leaves = []
-    for name, members in shown:
+    for number in shown:
+        name, members = groups[number]
         first = sorted(range(len(members)), key=lambda place: (members[place] not in wanted, place))
-        kept = [members[place] for place in sorted(first[:room])]
-        leaves.append(
-            Leaf(
-                name=name,
-                hosts=tuple(kept),
-                num_hidden=len(members) - len(kept),
-                congested=any(_most(members, hosts) for hosts in crossing),
-            )
-        )
-    return Fabric(leaves=tuple(leaves), num_hidden_leaves=len(groups) - len(shown), marks=marks, paths=paths)
+        kept = tuple(members[place] for place in sorted(first[:room]))
+        leaves.append(Leaf(name=name, hosts=kept, num_hidden=len(members) - len(kept), congested=congested[number]))
+    return leaves
 
 
-def _most(members: Sequence[str], hosts: set[str]) -> bool:
-    return 2 * len(hosts.intersection(members)) > len(members)
+def _most(members: Sequence[str], hosts: Collection[str]) -> bool:
+    return 2 * len(set(hosts).intersection(members)) > len(members)
 
 
 def curves_of(sweep: Plain | None) -> dict[str, list[Curve]]:
