@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from pathlib import Path
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import FabricError
@@ -29,27 +29,25 @@ def svg(draw: Draw, *, width: float, height: float, name: str, label: str) -> st
     Raises FabricError where matplotlib is missing.
     """
     palette, variables = placeholders()
-    buffer = io.BytesIO()
-    _save(draw, palette, width, height, buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue().decode()
+    text = _saved(draw, palette, width, height, format="svg", transparent=True, metadata={"Date": None}).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*|<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r"#fe01[0-9a-f]{2}", lambda found: variables[found[0]], text)
     text = re.sub(r'((?: id="|url\(#|href="#))', rf"\g<1>{name}-", text)
-    head = f'<svg role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}" xmlns="http://www.w3.org/2000/svg"'
+    head = f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {height:g}" xmlns="http://www.w3.org/2000/svg"'
     return re.sub(r"<svg[^>]*>", f'{head} xmlns:xlink="http://www.w3.org/1999/xlink">', text, count=1)
 
 
-def png(draw: Draw, path: Path, *, width: float, height: float) -> None:
+def png(draw: Draw, *, width: float, height: float) -> bytes:
     """What `draw` draws, on light ground, with two pixels for each pixel of `width` and `height`.
 
     Raises FabricError where matplotlib is missing.
     """
-    _save(draw, LIGHT, width, height, path, format="png", dpi=_PNG_SCALE * _PIXELS_PER_INCH)
+    return _saved(draw, LIGHT, width, height, format="png", dpi=_PNG_SCALE * _PIXELS_PER_INCH)
 
 
-def _save(draw: Draw, palette: Palette, width: float, height: float, target: Any, **options: Any) -> None:
+def _saved(draw: Draw, palette: Palette, width: float, height: float, **options: Any) -> bytes:
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -57,9 +55,19 @@ def _save(draw: Draw, palette: Palette, width: float, height: float, target: Any
     except ImportError as error:
         raise FabricError("a report is drawn by matplotlib, which is not here: pip install 'mega[report]'") from error
     installed = {font.name for font in fontManager.ttflist}
-    style: Any = {
-        "font.family": [font for font in _FONTS if font in installed],
+    fonts = [font for font in _FONTS if font in installed]
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"font.family": fonts, **_style(palette)}):
+        figure = Figure(figsize=(width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH), facecolor=palette.ground)
+        draw(figure, palette)
+        figure.savefig(buffer, **options)
+    return buffer.getvalue()
+
+
+def _style(palette: Palette) -> dict[Any, Any]:
+    return {
         "font.size": 10,
+        "text.parse_math": False,  # a host's name may hold a dollar
         "svg.fonttype": "none",
         "svg.hashsalt": "fabric",
         "text.color": palette.ink,
@@ -80,10 +88,6 @@ def _save(draw: Draw, palette: Palette, width: float, height: float, target: Any
         "legend.frameon": False,
         "legend.fontsize": 9,
     }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH), facecolor=palette.ground)
-        draw(figure, palette)
-        figure.savefig(target, **options)
 
 
 def box(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.fabric.report import drawings
@@ -54,8 +53,8 @@ class _Panel:
     bottom: float = 34.0
 
 
-def write_overview(data: ReportData, path: Path) -> None:
-    """Writes the picture as PNG. Raises FabricError where matplotlib is missing."""
+def overview(data: ReportData) -> bytes:
+    """The picture as PNG. Raises FabricError where matplotlib is missing."""
     lines = _lines(data)
     rows = _rows(data)
     head = _TITLE + (_LINE * len(lines) + _LEADING * sum(first for _, first in lines) + 10 if lines else 0)
@@ -73,7 +72,7 @@ def write_overview(data: ReportData, path: Path) -> None:
                 left += width + _GAP
             top += _PANEL_TITLE + max(panel.height for panel in row)
 
-    png(draw, path, width=_WIDTH, height=height)
+    return png(draw, width=_WIDTH, height=height)
 
 
 def _lines(data: ReportData) -> list[tuple[str, bool]]:

@@ -12,7 +12,7 @@ from cluster.errors import FabricError
 from cluster.fabric.report import drawings
 from cluster.fabric.report.canvas import svg
 from cluster.fabric.report.data import ReportData
-from cluster.fabric.report.overview import write_overview
+from cluster.fabric.report.overview import overview
 from cluster.fabric.report.palette import DARK, LIGHT, Palette, named_colours
 from cluster.fabric.report.tables import (
     counter_table,
@@ -75,11 +75,16 @@ def write_report(data: ReportData, path: Path, *, png: Path | None = None) -> No
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(_contents(data))
+    picture = None if png is None else overview(data)
+    _replace(path, page.encode())
+    if png is not None and picture is not None:
+        _replace(png, picture)
+
+
+def _replace(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
+    partial.write_bytes(content)
     os.replace(partial, path)
-    if png is not None:
-        write_overview(data, png)
 
 
 def _contents(data: ReportData) -> dict[str, Any]:
