@@ -31,6 +31,8 @@ Mask = NDArray[np.bool_]
 _HEALTHY_QUANTILE = 75
 """Percentile of rates taken as healthy at first: an uplink congested both ways slows more than half of all pairs."""
 _MOST_PARTS = 6
+_PRICE_OF_A_LEVEL = 3.0
+"""Of one more effect of an uplink, for another number of flows at once."""
 _EXHAUSTIVE = 10
 """Up to this many endpoints all ways to divide them in two are tried as groups with an uplink between them."""
 
@@ -91,6 +93,7 @@ class Explanation:
     suspicions: tuple[Suspicion, ...]
     healthy_log_rate: float
     worth: float
+    """Logarithm of the likelihood, up to a constant of the measurements, less the prices of the parts."""
 
 
 def divisions(count: int, leaves: Sequence[str | None]) -> list[frozenset[int]]:
@@ -170,7 +173,13 @@ class _Search:
         return [index for worth, index in sorted(worths, reverse=True)[:most] if worth > 0]
 
     def greedy(self, first: Sequence[int]) -> Explanation:
-        """Adds the worthiest part until none is worth its price. `first`: indices of parts to begin with."""
+        """Adds the worthiest part until none is worth its price.
+
+        first: indices of uplinks to begin with. Without them there shall be none: two slow hosts together look at first like
+        a slow uplink of the two, which is a greater gain in one step than either host, though a worse explanation.
+        """
+        kinds = np.array([part.kind for part in self.parts])
+        allowed = (kinds != "uplink") | bool(first)
         effects = np.zeros(self._logs.size)
         spreads = np.full(self._logs.size, self._noise)
         chosen: list[tuple[int, float, float]] = []
@@ -181,7 +190,7 @@ class _Search:
             else:
                 residual = self._logs - self._mu - effects
                 low = np.clip(residual / spreads, -4, 4) @ self._masks.T / np.maximum(self._masks.sum(axis=1), 1)
-                likely = np.flatnonzero(low < -0.5)
+                likely = np.flatnonzero((low < -0.5) & allowed)
                 tries = [(self._tried(int(i), effects, spreads)[1], int(i)) for i in likely]
                 if not tries or max(tries)[0] <= 0:
                     break
@@ -193,8 +202,12 @@ class _Search:
             if ruled.any():
                 spreads[ruled] = max(self._noise, robust_spread((self._logs - self._mu - effects)[ruled]))
         suspicions = tuple(Suspicion(part=self.parts[i], effect=level, worth=worth) for i, level, worth in chosen)
+        left = (self._logs - self._mu - effects) / spreads
+        price = sum(self._price[index] for index, *_ in chosen)
         return Explanation(
-            suspicions=suspicions, healthy_log_rate=self._mu, worth=sum(suspicion.worth for suspicion in suspicions)
+            suspicions=suspicions,
+            healthy_log_rate=self._mu,
+            worth=-_loss(left) - float(np.log(spreads / self._noise).sum()) - price,
         )
 
     def _tried(self, index: int, effects: Figures, spreads: Figures) -> tuple[Figures, float, float]:
@@ -219,7 +232,7 @@ class _Search:
             return part_effects, -math.inf, 0.0
         together = np.minimum(effects, part_effects)
         gain = _loss((below - effects)[mask] / spreads[mask]) - _loss((below - together)[mask] / spreads[mask])
-        return part_effects, gain - self._price[index] - (used - 1), strongest
+        return part_effects, gain - self._price[index] - _PRICE_OF_A_LEVEL * (used - 1), strongest
 
     def _loads(self, mask: Mask) -> NDArray[np.intp]:
         """For each observation in the mask: how many flows of the same round are in it too."""

@@ -63,7 +63,7 @@ class Confirmation:
             elif part.kind == "uplink":
                 self._open(part, uplink(part.receivers, part.senders))
         self._siblings: dict[Part, tuple[_Case, _Case]] = {
-            part: (_Case(part=sender(*part.senders, count)), _Case(part=receiver(*part.receivers, count)))
+            part: (_Case(part=sender(min(part.senders), count)), _Case(part=receiver(min(part.receivers), count)))
             for part in self._cases
             if part.kind == "path"
         }
@@ -182,12 +182,12 @@ class Confirmation:
         beyond = [other for other in free if other not in self._hosts]
         return next(iter([*clean, *beyond, *free]), None)
 
-    def _suspect(self, flow: tuple[int, int], *, except_host: int | None = None) -> bool:
-        """Whether a flow passes a part that was suspected, of another host than `except_host`."""
+    def _suspect(self, flow: tuple[int, int], *, except_host: int | None = None, besides: Part | None = None) -> bool:
+        """Whether a flow passes a part that was suspected, other than those of `except_host` and than `besides`."""
         return any(
             part.passed_by(np.array([flow]))[0]
             for part in self._suspected
-            if part.kind in ("path", "uplink") or part.host != except_host
+            if part != besides and (part.kind in ("path", "uplink") or part.host != except_host)
         )
 
     def _compare(self, flows: Sequence[tuple[int, int]], roles: Sequence[_Case]) -> None:
@@ -221,11 +221,13 @@ class Confirmation:
         for case in self._open_cases():
             if case.part.kind != "uplink":
                 continue
+            # Suspect hosts send as well, since an uplink may only show under full load, but do not count.
             crossing = self._matching(case.part)
-            if not crossing:
+            counted = [not self._suspect(flow, besides=case.part) for flow in crossing]
+            if not any(counted):
                 continue
             inside = list(self._controls(set()))
-            logs = np.log(np.maximum(self._session.transfer(np.array(crossing)), 1.0))
+            logs = np.log(np.maximum(self._session.transfer(np.array(crossing)), 1.0))[counted]
             controls = np.log(np.maximum(self._session.transfer(np.array(inside)), 1.0)) if inside else None
             reference = np.percentile(self._session.seen.log_rates, 75) if controls is None else np.median(controls)
             case.losses.append(float(reference - logs.mean()))
@@ -233,9 +235,6 @@ class Confirmation:
             case.controls.append(float(np.exp(reference)))
 
     def _matching(self, part: Part) -> list[tuple[int, int]]:
-        """Senders and receivers of an uplink, paired at random; hosts that are suspected themselves stay out."""
-        sides = [
-            [host for host in self._session.rng.permutation(sorted(side)).tolist() if host not in self._hosts]
-            for side in (part.senders, part.receivers)
-        ]
+        """Senders and receivers of an uplink, paired at random."""
+        sides = [self._session.rng.permutation(sorted(side)).tolist() for side in (part.senders, part.receivers)]
         return list(zip(*sides))
