@@ -22,11 +22,12 @@ LINK_MBIT = 50.0
 FOREIGN_MBIT = 400.0
 UPLINK_HEADROOM = 1.25
 """The uplink's rate over the sum of the links below a leaf: alone, the own flows never congest it."""
-_QUEUE_S = 0.015
-"""What a queue holds at its own rate. Shallow, as a switch's: a full one is noticed in less than a short transfer."""
-_PACKET_BYTES = 16_000
+_QUEUE_S = 0.005
+"""What a queue holds at its own rate. Shallow, as a switch's: acknowledgements wait in it too, and a deep one before a slow
+link would slow down what goes the other way."""
+_PACKET_BYTES = 4_000
 """The largest packet a host sends: fewer and larger ones than the wire's keep the shaping cheap, see `_BURST_BYTES`."""
-_BURST_BYTES = 17_000
+_BURST_BYTES = 5_000
 """Just above the largest packet, which would be cut into those of the wire otherwise, and small against one transfer."""
 _COMMAND_SECONDS = 60.0
 _counter = itertools.count()
@@ -68,7 +69,7 @@ def run_command(*command: str, stdin: str | None = None) -> str:
 
 
 def shaping(mbit: float) -> str:
-    """Words for tc that let `mbit` Mbit/s through, and queue for 15 ms at most."""
+    """Words for tc that let `mbit` Mbit/s through, and queue for 5 ms, four packets at least."""
     limit = max(_BURST_BYTES * 4, int(mbit * 1e6 / 8 * _QUEUE_S))
     return f"tbf rate {round(mbit * 1e6)}bit burst {_BURST_BYTES} limit {limit}"
 

@@ -35,7 +35,7 @@ class RankFailureError(AssertionError):
 
 @dataclass(frozen=True, kw_only=True)
 class HostRank:
-    """What the function of a rank is given. `parent` is a connection to the test, for `Ranks.ask`."""
+    """What the function of a rank is given. `parent` is a connection to the test, for `Ranks.tell` and `hear`."""
 
     rank: int
     world_size: int
@@ -134,15 +134,23 @@ class Ranks:
         os.kill(self.process_id(host), signal.SIGKILL)
 
     def ask(self, rank: int, question: Any, *, timeout_s: float) -> Any:
-        """What the rank sends to its `parent` in answer. Raises RankFailureError where it fails or says nothing."""
+        """`tell` and `hear`."""
+        self.tell(rank, question)
+        return self.hear(rank, timeout_s=timeout_s)
+
+    def tell(self, rank: int, message: Any) -> None:
+        """Sends something to the rank's `parent`."""
+        self._channels[rank].send(message)
+
+    def hear(self, rank: int, *, timeout_s: float) -> Any:
+        """What the rank sends to its `parent`. Raises RankFailureError where it fails or says nothing."""
         channel, result = self._channels[rank], self._results[rank]
-        channel.send(question)
         ready = wait([channel, result], timeout=timeout_s)
         if channel in ready:
             with contextlib.suppress(EOFError):
                 return channel.recv()
         account = self._outcome(rank).failure if result in ready else f"said nothing for {timeout_s:g} s"
-        raise RankFailureError(f"rank {rank}, asked {question!r}: {account or 'ended without an answer'}")
+        raise RankFailureError(f"rank {rank} {account or 'ended without an answer'}")
 
     def results(self, *, timeout_s: float, of: Sequence[int] | None = None) -> list[Any]:
         """What the function returned on ranks `of` (on all), in order. Raises RankFailureError."""

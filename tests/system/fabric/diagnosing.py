@@ -1,0 +1,113 @@
+"""A world of ranks on made-up hosts that diagnoses its fabric as often as it is asked to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from cluster.fabric.diagnose import diagnose
+from cluster.fabric.findings import Finding
+from cluster.fabric.measured.fabric import MeasuredFabric, run_on_fabric
+from cluster.fabric.measured.place import FabricPlace, MeasureOptions
+from cluster.fabric.probing import Endpoint, Figures, Flows
+from tests.system.fabric.faults import Fault
+from tests.system.fabric.hosts import FabricOfHosts
+from tests.system.fabric.ranks import HostRank, Ranks
+
+DIAGNOSIS_SECONDS = 90.0
+"""Three times what a diagnosis may take, for a busy machine."""
+
+
+class DiagnosingRanks:
+    """A context: ranks on all hosts of `fabric`. `ranks` are those of the faults."""
+
+    def __init__(self, fabric: FabricOfHosts) -> None:
+        self.ranks = Ranks(fabric, serve)
+
+    def __enter__(self) -> Self:
+        self.ranks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ranks.__exit__(kind, error, trace)
+
+    def diagnose(self) -> dict[str, Any]:
+        """`verdict` as for JSON, `measurements` as a list of what was asked and answered. Raises RankFailureError."""
+        return self.ranks.ask(0, "diagnose", timeout_s=DIAGNOSIS_SECONDS)
+
+
+def serve(rank: HostRank) -> None:
+    """What each rank runs: rank 0 diagnoses whenever its parent says so, until it says `stop`."""
+    place = FabricPlace(
+        rank=rank.rank,
+        world_size=rank.world_size,
+        local_rank=0,
+        local_world_size=1,
+        address=rank.address,
+        host=rank.host.name,
+    )
+
+    def work(fabric: MeasuredFabric) -> None:
+        while rank.parent.recv() != "stop":
+            recorded = Recording(fabric)
+            verdict = diagnose(recorded)
+            rank.parent.send({"verdict": verdict.as_data(), "measurements": recorded.measurements})
+
+    run_on_fabric(place, MeasureOptions(), work)
+
+
+class Recording:
+    """A fabric whose clock starts now, and that keeps what was measured for those who wonder about a verdict."""
+
+    def __init__(self, fabric: MeasuredFabric) -> None:
+        self._fabric = fabric
+        self._begin = time.monotonic()
+        self.measurements: list[dict[str, Any]] = []
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """See `Fabric`."""
+        return self._fabric.endpoints
+
+    @property
+    def seconds(self) -> float:
+        """See `Fabric`."""
+        return time.monotonic() - self._begin
+
+    def compute(self, who: Any, *, work_s: float) -> Figures:
+        """See `Fabric`."""
+        return self._keep("compute", [int(one) for one in who], self._fabric.compute(who, work_s=work_s), work_s=work_s)
+
+    def transfer(self, flows: Flows, *, num_bytes: int) -> Figures:
+        """See `Fabric`."""
+        rates = self._fabric.transfer(flows, num_bytes=num_bytes)
+        return self._keep("transfer", np.asarray(flows).tolist(), rates, num_bytes=num_bytes)
+
+    def round_trip(self, pairs: Flows, *, repeats: int) -> Figures:
+        """See `Fabric`."""
+        seconds = self._fabric.round_trip(pairs, repeats=repeats)
+        return self._keep("round_trip", np.asarray(pairs).tolist(), seconds, repeats=repeats)
+
+    def counters(self) -> Any:
+        """See `Fabric`."""
+        return self._fabric.counters()
+
+    def _keep(self, what: str, where: list[Any], figures: Figures, **settings: float) -> Figures:
+        numbers = [float(f"{figure:.5g}") for figure in figures]
+        self.measurements.append({"do": what, "at_s": round(self.seconds, 3), "of": where, "got": numbers, **settings})
+        return figures
+
+
+def is_told(faults: Sequence[Fault], findings: Sequence[Finding]) -> bool:
+    """Whether the first findings, as many as there are faults, tell all of them; and nothing is said where nothing is wrong."""
+    expected = [fault for fault in faults if fault.expected]
+    if not expected:
+        return not findings
+    first = findings[: len(expected)]
+    return all(any(way.is_met_by(finding) for way in fault.expected for finding in first) for fault in expected)
