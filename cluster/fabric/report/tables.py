@@ -182,38 +182,41 @@ def made_of(sweep: Plain | None) -> list[str]:
 
 
 def _label(key: str) -> str:
-    for ending in ("_bytes_per_s", "_bytes", "_share", "_s"):
-        key = key.removesuffix(ending)
-    return key.replace("_", " ")
+    stem, unit = _split(key)
+    words = stem.replace("_", " ")
+    return f"{words} rate".strip() if unit == "bytes_per_s" else words or key
+
+
+def _split(key: str) -> tuple[str, str]:
+    """`peers_out_bytes_per_s` is `peers_out` in `bytes_per_s`; without a known unit all of it is the name."""
+    ending = next((unit for unit in ("bytes_per_s", "bytes", "share", "s") if f"_{key}".endswith(f"_{unit}")), "")
+    return key.removesuffix(ending).rstrip("_"), ending
 
 
 def _shown(key: str, value: Any) -> str:
     """In the unit that the key ends in."""
+    unit = _split(key)[1]
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return (
-            ", ".join(f"{name}: {_shown(key if _has_unit(key) else str(name), each)}" for name, each in value.items())
-            or "–"
-        )
+        return ", ".join(f"{name}: {_shown(key if unit else str(name), each)}" for name, each in value.items()) or "–"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(_shown(key, each) for each in value) or "–"
     if value is None:
         return "–"
     if not isinstance(value, int | float):
         return str(value)
-    if key.endswith("_bytes_per_s"):
-        unit = units.bit_rates([value])
-        return f"{unit.show(value)} {unit.name}"
-    if key.endswith("_share"):
-        return units.percent(value)
-    if key.endswith("_bytes"):
-        return units.size(value)
-    return units.seconds(value) if key.endswith("_s") else _count(value)
-
-
-def _has_unit(key: str) -> bool:
-    return key.endswith(("_bytes_per_s", "_share", "_bytes", "_s"))
+    match unit:
+        case "bytes_per_s":
+            rate = units.bit_rates([value])
+            return f"{rate.show(value)} {rate.name}"
+        case "share":
+            return units.percent(value)
+        case "bytes":
+            return units.size(value)
+        case "s":
+            return units.seconds(value)
+    return _count(value)
 
 
 def _count(number: float) -> str:

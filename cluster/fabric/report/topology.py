@@ -67,8 +67,9 @@ def topology(axes: Axes, fabric: Fabric, palette: Palette, *, width: float) -> N
     for sender, receiver in fabric.paths:
         if sender in centres and receiver in centres:
             _path(axes, centres[sender], centres[receiver], palette)
-    ends = {host: () for path in fabric.paths for host in path} if pitch - gap < _NARROW else {}
-    _labels(axes, {**ends, **fabric.marks}, centres, names, palette, with_names=pitch - gap < _NARROW)
+    hidden = {host for host in centres if not _fits(names[host], pitch - gap)}
+    ends: dict[str, tuple[str, ...]] = {host: () for path in fabric.paths for host in path if host in hidden}
+    _labels(axes, {**ends, **fabric.marks}, centres, {host: names[host] for host in hidden}, palette)
 
 
 def _labels(
@@ -77,13 +78,14 @@ def _labels(
     centres: Mapping[str, float],
     names: Mapping[str, str],
     palette: Palette,
-    *,
-    with_names: bool,
 ) -> None:
-    """What was found of each host, below it; one label lower than its neighbour's where both have no room."""
+    """What was found of each host, below it; one label lower than its neighbour's where both have no room.
+
+    names: of hosts whose boxes have no room for them.
+    """
     taken: list[tuple[float, float]] = []
     for host in sorted(marks.keys() & centres.keys(), key=lambda host: centres[host]):
-        lines = [*([names[host]] if with_names else []), *(_WORDS[kind] for kind in marks[host])]
+        lines = [*([names[host]] if host in names else []), *(_WORDS[kind] for kind in marks[host])]
         top = _HOST_TOP - _HOST_HEIGHT - 14
         while any(abs(centres[host] - middle) < _LABEL_WIDTH and top > bottom for middle, bottom in taken):
             top -= _LABEL_HEIGHT
@@ -97,7 +99,7 @@ def _labels(
                 ha="center",
                 va="center",
                 fontsize=9.5,
-                fontweight="bold" if with_names and number == 0 else "normal",
+                fontweight="bold" if host in names and number == 0 else "normal",
                 zorder=5,
                 bbox={"boxstyle": "square,pad=0.1", "facecolor": palette.ground, "edgecolor": "none"},
             )
@@ -135,7 +137,7 @@ def _host(axes: Axes, name: str, middle: float, width: float, marks: tuple[str, 
         linewidth=1.6 if bad else 1.0,
         linestyle=(0, (3, 2)) if gone else "solid",
     )
-    if width >= max(_NARROW, 6.2 * len(name)):
+    if _fits(name, width):
         axes.text(
             middle,
             _HOST_TOP - _HOST_HEIGHT / 2,
@@ -146,6 +148,10 @@ def _host(axes: Axes, name: str, middle: float, width: float, marks: tuple[str, 
             fontsize=9.5,
             fontweight="bold" if bad else "normal",
         )
+
+
+def _fits(name: str, width: float) -> bool:
+    return width >= max(_NARROW, 6.2 * len(name))
 
 
 def _switch(axes: Axes, name: str, middle: float, width: float, bottom: float, height: float, palette: Palette) -> None:
