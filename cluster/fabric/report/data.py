@@ -22,10 +22,10 @@ class ReportData:
     sweep: Plain | None = None
     """`SweepResult.as_data()`."""
     waits: Sequence[Plain] = ()
-    """The monitor's records, one a window of steps."""
+    """The monitor's records, one a window of steps: `cluster.fabric.monitor.head_analyser` tells what is in a line."""
     predictions: Sequence[Plain] = ()
-    """Expected and measured seconds, one row a kind of collective on an axis."""
+    """Expected and measured seconds, a row a kind of collective on an axis: `predict.Difference.as_data()`."""
     baseline: Plain | None = None
-    """The result of a check against a baseline."""
+    """`BaselineCheck.as_data()`."""
     counters: Mapping[str, Mapping[str, float]] | None = None
     """By how much each counter grew while it was measured, by host."""

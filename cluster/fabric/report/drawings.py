@@ -187,12 +187,14 @@ def compute(axes: Axes, times: Mapping[str, float], palette: Palette, *, slow: C
 
 
 def waits_note(timeline: Waits) -> str:
-    """Its unit."""
-    return f"{_wait_unit(timeline).name} that ranks stand still in a step, by axis"
+    """Its unit, and how to read it."""
+    network = "; dashed: the collectives alone, nobody late" if timeline.network else ""
+    return f"{_wait_unit(timeline).name} that ranks stand still in a step, by axis{network}"
 
 
 def _wait_unit(timeline: Waits) -> units.Unit:
-    return units.time_unit(value for values in timeline.by_axis.values() for value in values)
+    series = (*timeline.by_axis.values(), *timeline.network.values())
+    return units.time_unit(value for values in series for value in values)
 
 
 def waits(axes: Axes, timeline: Waits, palette: Palette) -> None:
@@ -201,9 +203,25 @@ def waits(axes: Axes, timeline: Waits, palette: Palette) -> None:
     for number, (axis, values) in enumerate(timeline.by_axis.items()):
         colour = palette.series[number % len(palette.series)]
         axes.plot(timeline.steps, [value * unit.factor for value in values], color=colour, linewidth=1.8, label=axis)
-    axes.set_ylim(bottom=0)
+        if floor := timeline.network.get(axis):
+            shown = [value * unit.factor for value in floor]
+            axes.plot(timeline.steps, shown, color=colour, linewidth=1.2, linestyle=_MODES["together"])
     axes.legend(loc="upper left", ncols=4, handlelength=1.4, labelcolor=palette.muted)
-    axes.margins(x=0.01, y=0.25)
+    axes.margins(x=0.01, y=0.3)
+    axes.set_ylim(bottom=0)
+    for step, whom in timeline.onsets:
+        axes.axvline(step, color=palette.bad, linewidth=1.2, linestyle=_MODES["with_compute"])
+        axes.annotate(
+            f"{whom} since step {step:,}",
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(6, -4) if step <= (timeline.steps[0] + timeline.steps[-1]) / 2 else (-6, -4),
+            textcoords="offset points",
+            color=palette.bad,
+            ha="left" if step <= (timeline.steps[0] + timeline.steps[-1]) / 2 else "right",
+            va="top",
+            fontsize=9,
+        )
     _grid(axes, palette)
 
 

@@ -174,7 +174,7 @@ def _rows(data: ReportData) -> list[list[_Panel]]:
                 draw=lambda axes, palette, _: drawings.compute(axes, times, palette, slow=slow),
             )
         )
-    if timeline := waits_of(data.waits):
+    if timeline := waits_of(data.waits, data.verdict):
         rest.append(
             _Panel(
                 title="Waits in training",

@@ -161,7 +161,7 @@ def _bandwidth_drawings(data: ReportData) -> list[_Drawing]:
 
 
 def _wait_drawings(data: ReportData) -> list[_Drawing]:
-    timeline = waits_of(data.waits)
+    timeline = waits_of(data.waits, data.verdict)
     if timeline is None:
         return []
     paint = _Paint(onto=lambda axes, palette: drawings.waits(axes, timeline, palette))

@@ -245,22 +245,37 @@ class Waits:
     steps: tuple[int, ...]
     by_axis: Mapping[str, tuple[float, ...]]
     """Seconds a step that ranks stood still for collectives of an axis; NaN where nothing was recorded."""
+    network: Mapping[str, tuple[float, ...]]
+    """Of the same, what collectives take when nobody is late."""
     ranks: tuple[int, ...]
     late: NDArray[np.float64]
     """(ranks, steps) seconds a step that the others waited for each rank; NaN where nothing was recorded."""
+    onsets: tuple[tuple[int, str], ...]
+    """Steps from which findings hold, and whom they name."""
 
 
-def waits_of(records: Sequence[Plain]) -> Waits | None:
-    """The timeline of a monitor's records; None without any."""
+def waits_of(records: Sequence[Plain], verdict: Plain | None = None) -> Waits | None:
+    """The timeline of a monitor's records; None without any. Findings of the verdict that tell since when are marked."""
     if not records:
         return None
     records = sorted(records, key=lambda record: record["step"])
-    axes = dict.fromkeys(axis for record in records for axis in record.get("wait_s", {}))
     ranks = sorted({int(rank) for record in records for rank in record.get("late_s", {})})
     late = [[record.get("late_s", {}).get(str(rank), np.nan) for record in records] for rank in ranks]
+    onsets = {
+        (finding.evidence["since_step"], ", ".join([f"rank {rank}" for rank in finding.ranks] or finding.hosts))
+        for finding in findings_of(verdict)
+        if finding.evidence.get("since_step") is not None
+    }
     return Waits(
         steps=tuple(record["step"] for record in records),
-        by_axis={axis: tuple(record.get("wait_s", {}).get(axis, np.nan) for record in records) for axis in axes},
+        by_axis=_series(records, "wait_s"),
+        network=_series(records, "network_s"),
         ranks=tuple(ranks),
         late=np.array(late, dtype=np.float64).reshape(len(ranks), len(records)),
+        onsets=tuple(sorted(onsets)),
     )
+
+
+def _series(records: Sequence[Plain], key: str) -> dict[str, tuple[float, ...]]:
+    axes = dict.fromkeys(axis for record in records for axis in record.get(key, {}))
+    return {axis: tuple(record.get(key, {}).get(axis, np.nan) for record in records) for axis in axes}

@@ -72,6 +72,15 @@ BAD_PATH = finding(
     "h1 to h6 is slow: 28.8 Mbit/s against 48.0 on either host's other paths (confidence 0.98).",
     path_bytes_per_s=28.8 * MBIT,
 )
+STRAGGLER = finding(
+    "slow_host",
+    ("h5",),
+    "rank 5 on h5 holds the others up since step 120: it works for 52 ms of a step where its peers take 40 ms (+30 %), "
+    "which costs 12 ms a step, 21 % of it (confidence 0.99).",
+    source="monitor",
+    since_step=120,
+    cost_s_per_step=0.012,
+)
 SLOW_HOST = finding(
     "slow_host",
     ("h5",),
@@ -136,6 +145,10 @@ def sweep() -> dict[str, Any]:
     return {
         "rows": rows,
         "fits": fits,
+        "groups": [
+            {"name": "world", "groups": [list(range(8))], "only_together": False},
+            {"name": "tp", "groups": [[0, 1, 2, 3], [4, 5, 6, 7]], "only_together": False},
+        ],
         "transport": "gloo",
         "world_size": 8,
         "hosts": list(HOSTS),
@@ -153,8 +166,11 @@ def waits() -> list[dict[str, Any]]:
         late = {str(rank): float(abs(random.normal(0.0006, 0.0003))) for rank in range(8)}
         if step >= 120:
             late["5"] += 0.012
-        waits = {"dp_shard": 0.004 + max(late.values()) + float(random.normal(0, 3e-4)), "tp": 0.0021}
-        records.append({"step": step, "wait_s": waits, "late_s": late})
+        network = {"dp_shard": 0.0036 + float(random.normal(0, 1e-4)), "tp": 0.0016}
+        waits = {"dp_shard": network["dp_shard"] + max(late.values()), "tp": 0.0021}
+        records.append(
+            {"step": step + 9, "first_step": step, "wait_s": waits, "network_s": network, "late_s": late, "busy_s": {}}
+        )
     return records
 
 
@@ -164,6 +180,7 @@ PREDICTIONS: list[dict[str, Any]] = [
         "kind": "all_gather",
         "expected": {"value": 0.0031, "low": 0.0029, "high": 0.0033},
         "measured_s": 0.0052,
+        "share": 0.677,
         "notable": True,
         "sentence": "all_gather on tp: 3.1 ms expected, 5.2 ms measured (+68 %)",
     },
@@ -172,6 +189,7 @@ PREDICTIONS: list[dict[str, Any]] = [
         "kind": "reduce_scatter",
         "expected": {"value": 0.0110, "low": 0.0102, "high": 0.0118},
         "measured_s": 0.0113,
+        "share": 0.027,
         "notable": False,
         "sentence": "reduce_scatter on dp_shard: 11.0 ms expected, 11.3 ms measured (+3 %)",
     },
@@ -180,12 +198,14 @@ PREDICTIONS: list[dict[str, Any]] = [
         "kind": "send",
         "expected": None,
         "measured_s": 0.0008,
+        "share": None,
         "notable": False,
         "sentence": "send on pp: nothing expected, 0.8 ms measured",
     },
 ]
 BASELINE: dict[str, Any] = {
     "baseline": "2026-11-16",
+    "taken_at": "2026-11-16T07:00:00+00:00",
     "ok": False,
     "num_compared": 16,
     "regressions": [
@@ -211,7 +231,7 @@ def everything() -> ReportData:
     return ReportData(
         title="Fabric report",
         subtitle="cluster east, 8 hosts, 2026-11-23 07:00 UTC",
-        verdict=verdict(SLOW_SENDER, BAD_PATH, SLOW_HOST),
+        verdict=verdict(SLOW_SENDER, BAD_PATH, SLOW_HOST, STRAGGLER),
         sweep=sweep(),
         waits=waits(),
         predictions=PREDICTIONS,

@@ -27,7 +27,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_everything_that_is_known_stands_on_the_page(page: str) -> None:
     for said in (
         "h3 sends slowly: 21.1 Mbit/s out of it",
-        "3 findings",
+        "4 findings",
         "RetransSegs +1,510 of 102,400 OutSegs",
         'class="contradicts">port_xmit_wait of mlx5_0:1 +12,345',
         "confidence 99 %",
@@ -46,6 +46,8 @@ def test_everything_that_is_known_stands_on_the_page(page: str) -> None:
         ">+68 %<",
         "tcp/host/RetransSegs",
         "for which rank the others wait",
+        "dashed: the collectives alone, nobody late",
+        ">rank 5 since step 120<",
         "swept 2026-11-23T07:00:00+00:00 · torch 2.13.0",
     ):
         assert said in page, said
@@ -97,7 +99,7 @@ def test_parts_that_are_not_there_are_left_out(tmp_path: Path) -> None:
 
 def test_findings_of_a_run_stand_without_a_diagnosis(tmp_path: Path) -> None:
     # The watch of a run knows findings, and no matrix of pairs.
-    verdict: dict[str, Any] = {"healthy": False, "findings": [samples.SLOW_HOST]}
+    verdict: dict[str, Any] = {"healthy": False, "findings": [samples.STRAGGLER]}
     page = _page(ReportData(verdict=verdict, waits=samples.waits()), tmp_path)
     assert "1 finding<" in page
     assert page.count("<svg") == 2

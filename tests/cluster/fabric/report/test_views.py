@@ -148,8 +148,10 @@ def test_the_timeline_has_gaps_where_nothing_was_recorded() -> None:
         {"step": 20, "wait_s": {"tp": 0.2}, "late_s": {"10": 0.1}},
         {"step": 10, "wait_s": {"tp": 0.1, "pp": 0.3}, "late_s": {"2": 0.4, "10": 0.0}},
     ]
-    timeline = waits_of(records)
+    timeline = waits_of(records, samples.verdict(samples.STRAGGLER, samples.SLOW_SENDER))
     assert timeline is not None
+    assert timeline.onsets == ((120, "rank 5"),)
+    assert timeline.network == {}
     assert timeline.steps == (10, 20)
     assert timeline.by_axis["tp"] == (0.1, 0.2)
     assert np.isnan(timeline.by_axis["pp"][1])
