@@ -2,30 +2,154 @@
 
 from __future__ import annotations
 
+import select
+import sys
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
+from cluster.errors import FabricError
+from cluster.fabric.watch import flight, stacks
+from cluster.fabric.watch.habits import find_breaks
+from cluster.fabric.watch.position import Position, main_thread_position
+from cluster.fabric.watch.processes import this_process
+from cluster.fabric.watch.protocol import (
+    Meeting,
+    local_socket,
+    rank_name,
+    receive_datagrams,
+    send_datagram,
+    watcher_name,
+)
 from cluster.fabric.watch.setup import WatchSetup
+from cluster.fabric.watch.starting import WatcherSettings, start_watcher
+from cluster.fabric.watch.state import pack_groups
+
+_PERIOD_SECONDS = 1.0
+_HELLO_PERIODS = 5
+"""A watcher that has been started anew learns of its ranks again."""
+_END_SECONDS = 5.0
 
 
 class Watch:
-    """One rank's line to the watch. Its methods may be called from any thread; none waits for anybody."""
+    """One rank's line to the watch. Its methods may be called from any thread; none waits for another rank."""
+
+    def __init__(self, setup: WatchSetup, meeting: Meeting) -> None:
+        """Use `start_watch`."""
+        own = this_process()
+        self._setup = setup
+        self._token = meeting.token
+        self._watcher = watcher_name(meeting.token, setup.host)
+        self._hello = {
+            "t": "hello",
+            "rank": setup.rank,
+            "pid": own.pid,
+            "start": own.start_ticks,
+            "signal": stacks.listen(setup.directory, setup.rank),
+        }
+        self._socket = local_socket(rank_name(meeting.token, setup.rank))
+        self._closed = False
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._report, name="fabric-watch", daemon=True)
+        self._tell(self._hello)
+        self._thread.start()
 
     def send(self, kind: str, payload: Mapping[str, Any]) -> bool:
         """Gives the head's analysers `payload` (plain data for JSON, at most about 100 kB). False: it could not be sent now,
         and is dropped."""
-        raise NotImplementedError
+        return self._tell({"t": "say", "rank": self._setup.rank, "kind": kind, "payload": dict(payload)})
 
     def close(self) -> None:
         """This rank leaves in good order: from now on it cannot be missing. May be called twice."""
-        raise NotImplementedError
+        if self._closed:
+            return
+        self._closed = True
+        self._end.set()
+        self._tell({"t": "bye", "rank": self._setup.rank})
+        self._thread.join(_END_SECONDS)
+        self._socket.close()
+        stacks.forget_if_empty(self._setup.directory, self._setup.rank)
+
+    def _tell(self, message: Mapping[str, Any]) -> bool:
+        return send_datagram(self._socket, self._watcher, self._token, message)
+
+    def _report(self) -> None:
+        counters: object = None
+        since = time.monotonic()
+        position = Position(lines=(), waits=False, mark=0)
+        period = 0
+        while not self._end.is_set():
+            if period % _HELLO_PERIODS == 0:
+                self._tell(self._hello)
+            period += 1
+            now, latest, before = time.monotonic(), flight.counters(), position
+            if latest != counters:
+                counters, since = latest, now
+            else:  # nothing moves: where does it stand?
+                position = main_thread_position()
+            quiet_s = now - since
+            self._tell(
+                {
+                    "t": "tick",
+                    "rank": self._setup.rank,
+                    "quiet": round(quiet_s, 2),
+                    "waits": quiet_s > 0 and position.waits,
+                    "moved": position.mark != before.mark,
+                    "place": list(position.lines) if quiet_s > 0 else [],
+                }
+            )
+            self._answer(_PERIOD_SECONDS)
+
+    def _answer(self, seconds: float) -> None:
+        """Hears the watcher for a while: it may ask for all calls."""
+        deadline = time.monotonic() + seconds
+        while not self._end.is_set() and (left := deadline - time.monotonic()) > 0:
+            if not select.select([self._socket], [], [], left)[0]:
+                return
+            # One answer for all that were asked meanwhile.
+            if [message for message in receive_datagrams(self._socket, self._token) if message["t"] == "ask"]:
+                self._tell_calls()
+
+    def _tell_calls(self) -> None:
+        entries = flight.recorded_calls()
+        groups = flight.group_calls(entries, flight.group_members(), time.time_ns())
+        breaks = find_breaks(flight.habitual_calls(entries))
+        self._tell(
+            {
+                "t": "calls",
+                "rank": self._setup.rank,
+                "groups": pack_groups(groups),
+                "breaks": [vars(each) for each in breaks],
+            }
+        )
 
 
 def start_watch(setup: WatchSetup) -> Watch:
     """Starts this rank's part of the watch, and on local rank 0 the watcher of the host.
 
     A collective over all ranks by way of `setup.exchange`; to be called from the main thread, once the first process group
-    exists. Raises FabricError, on every rank, where the watch cannot be had (no Linux, rank 0's watcher does not start): a
-    caller may train on without. `close` belongs into a `finally`.
+    exists. Raises FabricError where the watch cannot be had: on every rank when rank 0's watcher does not start or the
+    machine has no Linux, on one rank when its own part fails. A caller may train on without. `close` belongs into a
+    `finally`.
     """
-    raise NotImplementedError
+    if sys.platform != "linux":
+        raise FabricError('the watch needs Linux; set fabric.monitor = "off"')
+    meeting: Meeting | None = None
+    problem = ""
+    settings = WatcherSettings.of(setup, this_process())
+    if setup.rank == 0:
+        try:
+            meeting = start_watcher(settings, None)
+        except (FabricError, OSError) as error:  # the others must hear of it: they wait in the exchange
+            problem = str(error)
+    text = setup.exchange((meeting.as_text() if meeting else "") if setup.rank == 0 else None)
+    if not text:
+        raise FabricError(f"rank 0's watcher did not start{': ' + problem if problem else ' (rank 0 says why)'}")
+    meeting = Meeting.from_text(text)
+    try:
+        if setup.rank != 0 and setup.local_rank == 0:
+            start_watcher(settings, meeting)
+        return Watch(setup, meeting)
+    except OSError as error:
+        raise FabricError(f"rank {setup.rank} on {setup.host} has no watch: {error}") from error
