@@ -33,7 +33,7 @@ _MARGIN, _GAP = 40.0, 44.0
 _TITLE, _LINE, _LEADING = 96.0, 21.0, 8.0
 _PANEL_TITLE = 62.0
 _MOST_FINDINGS = 4
-_MOST_CHARACTERS = 165
+_MOST_CHARACTERS = 180
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,7 @@ def fabric_of(verdict: Plain | None) -> Fabric | None:
     for finding in findings:
         if finding.kind not in ("bad_path", "congested_uplink"):
             for host in finding.hosts:
-                marks[host] = (*marks.get(host, ()), finding.kind)
+                marks[host] = tuple(dict.fromkeys((*marks.get(host, ()), finding.kind)))
     paths = tuple((finding.hosts[0], finding.hosts[-1]) for finding in findings if finding.kind == "bad_path")
     crossings = [_crossing(finding) for finding in findings if finding.kind == "congested_uplink"]
     # A rank that never came has a host that was never measured.

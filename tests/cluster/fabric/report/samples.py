@@ -208,6 +208,7 @@ BASELINE: dict[str, Any] = {
     "taken_at": "2026-11-16T07:00:00+00:00",
     "ok": False,
     "num_compared": 16,
+    "noise_share": 0.012,
     "regressions": [
         {
             "metric": "busbw",
@@ -238,6 +239,7 @@ def everything() -> ReportData:
         baseline=BASELINE,
         counters={
             "h3": {"tcp/host/RetransSegs": 1510.0, "tcp/host/OutSegs": 102400.0, "net/eth0/tx_bytes": 7.3e8},
+            "h2": {"tcp/host/RetransSegs": 9.0, "tcp/host/OutSegs": 112300.0, "net/eth0/tx_bytes": 7.8e8},
             "h4": {"tcp/host/RetransSegs": 12.0, "tcp/host/OutSegs": 110900.0, "net/eth0/tx_bytes": 7.9e8},
         },
     )

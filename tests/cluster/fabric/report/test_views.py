@@ -57,7 +57,8 @@ def test_of_many_hosts_the_slowest_are_kept() -> None:
 
 
 def test_the_topology_marks_hosts_and_paths() -> None:
-    fabric = fabric_of(samples.verdict(samples.SLOW_SENDER, samples.BAD_PATH, samples.SLOW_HOST))
+    found = (samples.SLOW_SENDER, samples.BAD_PATH, samples.SLOW_HOST, samples.STRAGGLER)
+    fabric = fabric_of(samples.verdict(*found))
     assert fabric is not None
     assert [leaf.hosts for leaf in fabric.leaves] == [samples.HOSTS[:4], samples.HOSTS[4:]]
     assert fabric.marks == {"h3": ("slow_sender",), "h5": ("slow_host",)}
