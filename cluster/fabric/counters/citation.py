@@ -98,13 +98,17 @@ def _silence(expected: frozenset[Meaning], growth: Mapping[str, float]) -> list[
 
 
 def _slow_ports(growth: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> list[str]:
-    """Ports that agreed with their switch on a lower rate than the same port of most others."""
+    """Ports that agreed with their switch on a lower rate than the same port of most others.
+
+    Only the proportion is told: whoever adds up growth over a while has added rates up, too, on all hosts alike.
+    """
     said = []
     for name in (name for name in growth if name.endswith("/rate_bytes_per_s")):
         rates = [other[name] for other in others if name in other]
-        if rates and growth[name] < (usual := statistics.median(rates)):
-            port = name.split("/")[1]
-            said.append(f"{port} runs at {growth[name] * 8e-9:g} Gbit/s; {usual * 8e-9:g} on others")
+        if rates and growth[name] < 0.99 * (usual := statistics.median(rates)):
+            said.append(
+                f"{name.split('/')[1]} runs at {100 * growth[name] / usual:.0f} % of the rate that it has on others"
+            )
     return said
 
 

@@ -40,7 +40,10 @@ def _states(sources: Sources, folder: str) -> dict[str, float]:
         states["is_down"] = float("ACTIVE" not in logical or "LinkUp" not in (physical or "LinkUp"))
     if rate := re.match(r"([\d.]+) Gb/sec", sources.text(f"{folder}/rate")):
         states["rate_bytes_per_s"] = float(rate[1]) * 1e9 / 8
-    types = [sources.text(f"{folder}/gid_attrs/types/{index}") for index in sources.names(f"{folder}/gid_attrs/types")]
-    if sources.text(f"{folder}/link_layer").strip() == "Ethernet" and types:
-        states["lacks_roce_v2"] = float(not any("RoCE v2" in kind for kind in types))
+    if sources.text(f"{folder}/link_layer").strip() == "Ethernet" and (
+        gids := sources.names(f"{folder}/gid_attrs/types")
+    ):
+        # Hundreds of entries, of which the first few are in use: the search ends at the first that is found.
+        has_one = any("RoCE v2" in sources.text(f"{folder}/gid_attrs/types/{gid}") for gid in sorted(gids, key=int))
+        states["lacks_roce_v2"] = float(not has_one)
     return states

@@ -28,4 +28,4 @@ class ReportData:
     baseline: Plain | None = None
     """`BaselineCheck.as_data()`."""
     counters: Mapping[str, Mapping[str, float]] | None = None
-    """By how much each counter grew while it was measured, by host."""
+    """By how much each counter grew while it was measured, by host; where None, `counters` of the verdict's details."""

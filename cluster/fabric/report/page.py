@@ -105,7 +105,7 @@ def _contents(data: ReportData) -> dict[str, Any]:
         "waits": _wait_drawings(data),
         "predictions": prediction_table(data.predictions),
         "baseline": data.baseline,
-        "counters": counter_table(data.counters),
+        "counters": counter_table(data.counters or (data.verdict or {}).get("details", {}).get("counters")),
         "made_of": made_of(data.sweep),
     }
 

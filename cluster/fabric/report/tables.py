@@ -154,6 +154,8 @@ def counter_table(counters: Mapping[str, Mapping[str, float]] | None) -> Table |
     hosts = counters or {}
     rows: list[tuple[float, tuple[str, ...]]] = []
     for name in dict.fromkeys(name for grown in hosts.values() for name in grown):
+        if name.endswith("/rate_bytes_per_s"):  # what a port is set to, no growth
+            continue
         values = {host: grown.get(name, 0.0) for host, grown in hosts.items()}
         host, greatest = max(values.items(), key=lambda item: item[1])
         if greatest > 0:

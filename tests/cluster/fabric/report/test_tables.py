@@ -88,7 +88,7 @@ def test_predictions_are_bars_to_the_longest() -> None:
 def test_counters_that_grew_on_one_host_alone_come_first() -> None:
     table = counter_table(
         {
-            "a": {"x/y/bytes": 1000.0, "x/y/errors": 0.0, "x/y/still": 0.0},
+            "a": {"x/y/bytes": 1000.0, "x/y/errors": 0.0, "x/y/still": 0.0, "x/y/rate_bytes_per_s": 1e9},
             "b": {"x/y/bytes": 1100.0, "x/y/errors": 30.0, "x/y/still": 0.0},
             "c": {"x/y/bytes": 900.0, "x/y/errors": 0.0},
         }
