@@ -66,6 +66,20 @@ def adopt(environ: MutableMapping[str, str], *, meet_over_mpi: Callable[[], tupl
         )
 
 
+def hosts_of_ranks(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Host of each rank of a step of SLURM, where ranks are dealt out in blocks; empty where nobody tells.
+
+    So a rank that never came has a host too. Only torchrun's own variables say nothing of the others.
+    """
+    if not {"SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE"} <= environ.keys():
+        return ()
+    if environ.get("SLURM_DISTRIBUTION", "block").split(":")[0].split(",")[0] != "block":
+        return ()
+    names, counts = _slurm_hosts(environ), _slurm_tasks(environ)
+    hosts = tuple(name for name, count in zip(names, counts) for _ in range(count))
+    return hosts if str(len(hosts)) == environ.get("WORLD_SIZE") else ()
+
+
 def _write(
     environ: MutableMapping[str, str],
     *,
@@ -93,22 +107,36 @@ def _given_address(environ: Mapping[str, str]) -> tuple[str, int] | None:
 
 
 def _slurm_address(environ: Mapping[str, str]) -> tuple[str, int]:
-    import hostlist
-
-    hosts = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST", "")
-    try:
-        first = hostlist.expand_hostlist(hosts)[0]
-    except (hostlist.BadHostlist, IndexError):
-        raise ConfigError(
-            f"SLURM_STEP_NODELIST={hosts!r} in the environment is not a list of hosts: set MASTER_ADDR and MASTER_PORT"
-        ) from None
     # Every step of every job on a host meets elsewhere.
     number = _number(environ, "SLURM_JOB_ID") * 101 + _number(environ, "SLURM_STEP_ID")
-    return first, _FIRST_PORT + number % _NUM_PORTS
+    return _slurm_hosts(environ)[0], _FIRST_PORT + number % _NUM_PORTS
+
+
+def _slurm_hosts(environ: Mapping[str, str]) -> list[str]:
+    import hostlist
+
+    text = environ.get("SLURM_STEP_NODELIST", "")
+    try:
+        hosts: list[str] = hostlist.expand_hostlist(text)
+    except hostlist.BadHostlist:
+        hosts = []
+    if not hosts:
+        raise ConfigError(
+            f"SLURM_STEP_NODELIST={text!r} in the environment is not a list of hosts: set MASTER_ADDR and MASTER_PORT"
+        )
+    return hosts
 
 
 def _tasks_here(environ: Mapping[str, str]) -> int:
-    """Of `SLURM_STEP_TASKS_PER_NODE`, such as "4(x3),2", the part of this host."""
+    counts, node = _slurm_tasks(environ), _number(environ, "SLURM_NODEID")
+    if node >= len(counts):
+        text = environ["SLURM_STEP_TASKS_PER_NODE"]
+        raise ConfigError(f"SLURM_NODEID={node} is beyond SLURM_STEP_TASKS_PER_NODE={text!r} in the environment")
+    return counts[node]
+
+
+def _slurm_tasks(environ: Mapping[str, str]) -> list[int]:
+    """Tasks of each host, from `SLURM_STEP_TASKS_PER_NODE` such as "4(x3),2"."""
     counts: list[int] = []
     text = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     for part in text.split(","):
@@ -117,10 +145,7 @@ def _tasks_here(environ: Mapping[str, str]) -> int:
                 f"SLURM_STEP_TASKS_PER_NODE={text!r} in the environment is not a list of numbers of tasks"
             )
         counts += [int(match[1])] * int(match[2] or 1)
-    node = _number(environ, "SLURM_NODEID")
-    if node >= len(counts):
-        raise ConfigError(f"SLURM_NODEID={node} is beyond SLURM_STEP_TASKS_PER_NODE={text!r} in the environment")
-    return counts[node]
+    return counts
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

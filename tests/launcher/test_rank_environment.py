@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.errors import ConfigError
-from launcher.rank_environment import adopt
+from launcher.rank_environment import adopt, hosts_of_ranks
 
 STEP = {
     "SLURM_JOB_ID": "1207",
@@ -102,3 +102,12 @@ def test_nonsense_is_told(wrong: dict[str, str], message: str) -> None:
 def test_a_missing_variable_is_named() -> None:
     with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_LOCAL_RANK is not set in the environment"):
         adopted({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"})
+
+
+def test_hosts_of_all_ranks_are_known_in_a_step_of_slurm() -> None:
+    environ = dict(STEP)
+    adopt(environ, meet_over_mpi=lambda: ("n0", 4711))
+    assert hosts_of_ranks(environ) == ("gpu07", "gpu07", "gpu08", "gpu08", "gpu09", "gpu09", "login1")
+    assert hosts_of_ranks({**environ, "SLURM_DISTRIBUTION": "cyclic"}) == ()
+    assert hosts_of_ranks({**environ, "WORLD_SIZE": "2"}) == ()  # torchrun, one a host, within the step
+    assert hosts_of_ranks({"RANK": "0", "WORLD_SIZE": "2"}) == ()

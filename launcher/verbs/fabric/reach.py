@@ -17,7 +17,7 @@ from launcher.errors import ConfigError, RankError
 from launcher.local_ranks import Grace, run_local_ranks
 from launcher.output import Output
 from launcher.place import Place, find_place
-from launcher.rank_environment import adopt
+from launcher.rank_environment import adopt, hosts_of_ranks
 from launcher.rank_process import failure_file
 
 if TYPE_CHECKING:
@@ -188,6 +188,7 @@ def _fabric_place(reach: Reach) -> FabricPlace:
         address=f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{environ.get('MASTER_PORT', '29500')}",
         host=reach.host_name or socket.gethostname(),
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        hosts=hosts_of_ranks(environ),
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.errors import ConfigError
 from launcher.output import Output
 from launcher.verb import EXIT_REFUSED, NumRanks
 from launcher.verbs.fabric.reach import (
@@ -80,11 +81,15 @@ def sweep(
 
 
 def _plan(kinds: str, sizes: str, mesh: str | None, modes: str, iterations: int, world_size: int) -> SweepPlan:
+    from cluster.errors import FabricError
     from cluster.fabric.groups import mesh_groups, world_group
     from cluster.fabric.measured.transport import COLLECTIVE_KINDS
     from cluster.fabric.sweep import MODES, SweepPlan
 
-    axes: tuple[GroupSet, ...] = mesh_groups(mesh, world_size) if mesh else ()
+    try:
+        axes: tuple[GroupSet, ...] = mesh_groups(mesh, world_size) if mesh else ()
+    except FabricError as error:
+        raise ConfigError(str(error)) from error
     return SweepPlan(
         groups=(world_group(world_size), *axes),
         sizes=parse_sizes(sizes),
