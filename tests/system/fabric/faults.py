@@ -66,7 +66,7 @@ def slow_sender(host: Host, keep: float) -> Fault:
         try:
             yield
         finally:
-            fabric.set_rate_out(host, fabric.link_mbit)
+            fabric.set_rate_out(host)
 
     return _fault("slow_sender", {"host": host.name, "keep": keep}, inject, ("slow_sender", (host.name,)))
 
@@ -80,7 +80,7 @@ def slow_receiver(host: Host, keep: float) -> Fault:
         try:
             yield
         finally:
-            fabric.set_rate_in(host, fabric.link_mbit)
+            fabric.set_rate_in(host)
 
     return _fault("slow_receiver", {"host": host.name, "keep": keep}, inject, ("slow_receiver", (host.name,)))
 
@@ -120,12 +120,13 @@ def bad_path(sender: Host, receiver: Host, keep: float, *, both_ways: bool = Fal
             yield
         finally:
             for here, _ in ways:
-                fabric.set_rate_out(here, fabric.link_mbit)
+                fabric.set_rate_out(here)
 
     names = (sender.name, receiver.name)
     settings = {"hosts": list(names), "keep": keep, "both_ways": both_ways}
-    expected: list[tuple[Kind, tuple[str, ...]]] = [("bad_path", names)]
-    return _fault("bad_path", settings, inject, *expected, *([("bad_path", names[::-1])] if both_ways else []))
+    if both_ways:
+        return _fault("bad_path", settings, inject, ("bad_path", names), ("bad_path", names[::-1]))
+    return _fault("bad_path", settings, inject, ("bad_path", names))
 
 
 def _slow_path(fabric: FabricOfHosts, sender: Host, receiver: Host, keep: float) -> None:
@@ -219,15 +220,13 @@ def loss_out(host: Host, share: float) -> Fault:
 
     @contextlib.contextmanager
     def inject(fabric: FabricOfHosts, ranks: Ranks) -> Iterator[None]:
-        inside = ("ip", "netns", "exec", fabric.switches)
-        rule = ("-m", "physdev", "--physdev-in", host.port)
         # Dropped at the leaf: a packet dropped within its host is no loss to TCP, which is told and tries again.
-        run_command(*inside, "sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=1")
-        try:
-            with _dropping(fabric.switches, rule, share):
+        with _dropping(fabric.switches, ("-m", "physdev", "--physdev-in", host.port), share):
+            fabric.set_filtering(True)
+            try:
                 yield
-        finally:
-            run_command(*inside, "sysctl", "-qw", "net.bridge.bridge-nf-call-iptables=0")
+            finally:
+                fabric.set_filtering(False)
 
     return _fault("loss_out", {"host": host.name, "loss": share}, inject, ("slow_sender", (host.name,)))
 

@@ -28,6 +28,7 @@ def datagrams(fabric: FabricOfHosts, sender: Host, receiver: Host, mbit: float) 
         with _running(sender, "udp", receiver.address):
             yield
     finally:
+        fabric.set_rate_out(sender)
         run_command(*command, "-D", *drop)
 
 

@@ -20,6 +20,7 @@ from typing import Self
 LINK_MBIT = 50.0
 """Two cores carry all flows of eight hosts at this rate in software and have time left for those who measure."""
 FOREIGN_MBIT = 400.0
+"""Of a foreign host's link: no limit to its traffic but the links of others."""
 UPLINK_HEADROOM = 1.25
 """The uplink's rate over the sum of the links below a leaf: alone, the own flows never congest it."""
 _QUEUE_S = 0.005
@@ -136,13 +137,19 @@ class FabricOfHosts:
         """The host of that name."""
         return next(host for host in self.all_hosts if host.name == name)
 
-    def set_rate_out(self, host: Host, mbit: float) -> None:
-        """Shapes what `host` sends."""
-        self.set_queue(host.namespace, "eth0", shaping(mbit))
+    def set_rate_out(self, host: Host, mbit: float | None = None) -> None:
+        """Shapes what `host` sends; None: as it was made."""
+        self.set_queue(host.namespace, "eth0", shaping(mbit or self._mbit_of(host)))
 
-    def set_rate_in(self, host: Host, mbit: float) -> None:
-        """Shapes what `host` receives, at its leaf's port."""
-        self.set_queue(self.switches, host.port, shaping(mbit))
+    def set_rate_in(self, host: Host, mbit: float | None = None) -> None:
+        """Shapes what `host` receives, at its leaf's port; None: as it was made."""
+        self.set_queue(self.switches, host.port, shaping(mbit or self._mbit_of(host)))
+
+    def set_filtering(self, active: bool) -> None:
+        """Whether the switches' namespace applies its iptables rules to what they forward: it costs time, and is off."""
+        # -e: without the kernel's module there is no such setting, and no filtering.
+        setting = f"net.bridge.bridge-nf-call-iptables={int(active)}"
+        run_command("ip", "netns", "exec", self.switches, "sysctl", "-eqw", setting)
 
     def set_queue(self, namespace: str, device: str, words: str) -> None:
         """Replaces a device's queueing discipline; what waits in the old one is lost."""
@@ -162,6 +169,7 @@ class FabricOfHosts:
             links.append(f"link set {host.port} master leaf{host.leaf} up")
         links += [f"link set leaf{leaf} up" for leaf in range(self._num_leaves)]
         self._batch("ip", self.switches, links)
+        self.set_filtering(False)
         self._batch("bridge", self.switches, self._forwarding())
         for host in self.all_hosts:
             self._set_up(host)
@@ -203,7 +211,7 @@ class FabricOfHosts:
         others = (other for other in self.all_hosts if other is not host)
         lines += [f"neighbour add {other.address} lladdr {other.mac} dev eth0 nud permanent" for other in others]
         self._batch("ip", host.namespace, lines)
-        self.set_rate_out(host, self._mbit_of(host))
+        self.set_rate_out(host)
 
     @staticmethod
     def _batch(program: str, namespace: str, lines: Sequence[str]) -> None:

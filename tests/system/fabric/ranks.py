@@ -155,12 +155,12 @@ class Ranks:
     def results(self, *, timeout_s: float, of: Sequence[int] | None = None) -> list[Any]:
         """What the function returned on ranks `of` (on all), in order. Raises RankFailureError."""
         expected = list(of if of is not None else range(len(self.hosts)))
-        waiting = {self._results[rank]: rank for rank in expected}
+        waiting: dict[Any, int] = {self._results[rank]: rank for rank in expected}
         outcomes: dict[int, _Outcome] = {}
         deadline = time.monotonic() + timeout_s
         while waiting and (ready := wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))):
             for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[arg-type]
+                rank = waiting.pop(connection)
                 outcomes[rank] = self._outcome(rank)
                 if outcomes[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)

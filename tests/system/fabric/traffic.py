@@ -74,17 +74,17 @@ def _ended(senders: list[socket.socket]) -> bool:
 def _take_in() -> None:
     with socket.create_server(("", PORT)) as server:
         _ready()
-        open_ones: list[socket.socket] = [server]
+        streams: list[socket.socket] = []
         while True:
-            readable, _, _ = select.select([sys.stdin, *open_ones], [], [])
+            readable, _, _ = select.select([sys.stdin, server, *streams], [], [])
             if sys.stdin in readable:
                 return
-            for one in readable:
-                if one is server:
-                    open_ones.append(server.accept()[0])
-                elif not one.recv(len(_CHUNK)):
-                    open_ones.remove(one)
-                    one.close()
+            if server in readable:
+                streams.append(server.accept()[0])
+            for stream in [stream for stream in streams if stream in readable]:
+                if not stream.recv(len(_CHUNK)):
+                    streams.remove(stream)
+                    stream.close()
 
 
 if __name__ == "__main__":
