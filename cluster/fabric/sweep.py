@@ -22,7 +22,6 @@ from cluster.fabric.bandwidth import Algorithm, AlphaBeta, bandwidth, fit_alpha_
 from cluster.fabric.groups import GroupSet
 from cluster.fabric.measured.transport import COLLECTIVE_KINDS, DTYPE_BYTES, CollectiveKind
 from cluster.fabric.probing import Endpoint
-from cluster.fabric.statistics import robust_spread
 
 if TYPE_CHECKING:
     from cluster.fabric.measured.fabric import CollectiveTimes
@@ -35,8 +34,6 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 _LEAST_ITERATIONS = 5
 _SURELY_SHORT_BYTES = 1 << 20
 """A first size above this gets few iterations, since nothing tells yet how long it takes."""
-_MEDIAN_OVER_MEAN = 1.2533
-"""Standard error of the median over that of the mean, for normal noise: sqrt(pi / 2)."""
 
 
 class Collectives(Protocol):
@@ -83,7 +80,12 @@ class SweepPlan:
     kinds: tuple[CollectiveKind, ...] = COLLECTIVE_KINDS
     modes: tuple[Mode, ...] = ("isolated", "together")
     iterations: int = 20
+    """Of each row, over all passes."""
+    passes: int = 2
+    """The whole sweep is run so many times, with a share of the iterations: what slows the cluster down for a moment then
+    does not fall on one row alone."""
     warmup: int = 3
+    """Iterations that are not timed, of each row in each pass; one where time is short."""
     dtype: str = "float32"
     check: bool = True
     """Data are compared with what they must be."""
@@ -189,27 +191,28 @@ class SweepResult:
 def sweep(
     fabric: Collectives, plan: SweepPlan, *, taken_at: datetime, tell: Callable[[SweepRow], None] | None = None
 ) -> SweepResult:
-    """Measures all that the plan asks for; `tell` hears of each row as it comes.
+    """Measures all that the plan asks for; `tell` hears of each row in the last pass, as it comes.
 
     A set of one group has no `together` beside its `isolated`; groups of one rank have nothing to measure.
 
     Raises UnresponsiveError or StalledError.
     """
     start = time.perf_counter()
+    series = [
+        [_Point(plan, groups, mode, kind, size) for size in _sizes(plan, kind, groups.group_size)]
+        for groups in plan.groups
+        for mode in _modes(plan, groups)
+        for kind in plan.kinds
+    ]
     rows: list[SweepRow] = []
-    for groups in plan.groups:
-        if groups.group_size < 2:
-            continue
-        for mode in plan.modes:
-            if (mode == "together" and len(groups.groups) == 1) or (mode == "isolated" and groups.only_together):
-                continue
-            for kind in plan.kinds:
-                before: SweepRow | None = None
-                for size in _sizes(plan, kind, groups.group_size):
-                    before = _measure(fabric, plan, groups, mode, kind, size, _iterations(plan, size, before))
-                    rows.append(before)
+    for left in reversed(range(plan.passes)):
+        for points in series:
+            for before, point in zip((None, *points), points):
+                point.measure(fabric, point.iterations(before))
+                if left == 0:
+                    rows.append(point.row())
                     if tell is not None:
-                        tell(before)
+                        tell(rows[-1])
     return SweepResult(
         rows=tuple(rows),
         fits=fits_of(rows, plan.algorithm),
@@ -248,71 +251,116 @@ def fits_of(rows: Sequence[SweepRow], algorithm: Algorithm = "ring") -> tuple[Gr
     return tuple(fits)
 
 
+def _modes(plan: SweepPlan, groups: GroupSet) -> list[Mode]:
+    if groups.group_size < 2:
+        return []
+    left_out = "isolated" if groups.only_together else "together" if len(groups.groups) == 1 else None
+    return [mode for mode in plan.modes if mode != left_out]
+
+
 def _sizes(plan: SweepPlan, kind: str, group_size: int) -> list[int]:
     """Each once, though two that were asked for may round to the same."""
     element = DTYPE_BYTES[plan.dtype]
     return sorted({size_in_use(kind, size, group_size, element) for size in plan.sizes})
 
 
-def _iterations(plan: SweepPlan, size: int, before: SweepRow | None) -> int:
-    """As many as the plan says, or as will fit into its time, by what the size before took; never fewer than five."""
-    if before is None:
-        return plan.iterations if size <= _SURELY_SHORT_BYTES else min(plan.iterations, _LEAST_ITERATIONS)
-    expected_s = before.times.median_s * max(size / before.num_bytes, 1.0)
-    return max(min(plan.iterations, int(plan.seconds_per_row / expected_s)), min(plan.iterations, _LEAST_ITERATIONS))
+class _Point:
+    """One row in the making: what all passes have measured of it."""
 
+    def __init__(self, plan: SweepPlan, groups: GroupSet, mode: Mode, kind: CollectiveKind, size: int) -> None:
+        self.size = size
+        self._plan = plan
+        self._groups = groups
+        self._mode = mode
+        self._kind = kind
+        self._correct = True
+        self._seconds: list[NDArray[np.float64]] = []
+        """Of each pass: (G, R, I), over groups, ranks of a group, iterations."""
+        measured = groups.groups
+        if mode == "isolated":
+            places = np.linspace(0, len(measured) - 1, min(len(measured), plan.isolated_at_most))
+            measured = tuple(measured[place] for place in sorted({round(place) for place in places}))
+        self._measured = measured
 
-def _measure(
-    fabric: Collectives, plan: SweepPlan, groups: GroupSet, mode: Mode, kind: CollectiveKind, size: int, iterations: int
-) -> SweepRow:
-    if mode == "isolated":
-        places = np.linspace(0, len(groups.groups) - 1, min(len(groups.groups), plan.isolated_at_most))
-        rounds = [[groups.groups[place]] for place in sorted({round(place) for place in places})]
-    else:
-        rounds = [list(groups.groups)]
-    seconds_GRI, correct = [], True
-    for together in rounds:
-        times = fabric.collective(
-            kind,
-            size,
-            together,
-            iterations=iterations,
-            warmup=plan.warmup if iterations == plan.iterations else min(plan.warmup, 1),
-            dtype=plan.dtype,
-            with_compute=mode == "with_compute",
-            check=plan.check,
+    @property
+    def median_s(self) -> float:
+        """Over all passes so far."""
+        return float(np.median(np.concatenate(self._seconds, axis=2)))
+
+    def iterations(self, before: _Point | None) -> int:
+        """Of the next pass: its share of those of the plan, or of those that fit into the plan's time, by what this point or
+        the one of the next smaller size took; never fewer than the least."""
+        plan = self._plan
+        most = -(-plan.iterations // plan.passes)
+        least = min(most, -(-_LEAST_ITERATIONS // plan.passes))
+        if self._seconds:
+            expected_s = self.median_s
+        elif before is not None:
+            expected_s = before.median_s * self.size / before.size
+        else:
+            return most if self.size <= _SURELY_SHORT_BYTES else least
+        return max(least, min(most, int(plan.seconds_per_row / plan.passes / expected_s)))
+
+    def measure(self, fabric: Collectives, iterations: int) -> None:
+        """One pass."""
+        plan = self._plan
+        rounds = [[group] for group in self._measured] if self._mode == "isolated" else [list(self._measured)]
+        cut_short = iterations * plan.passes < plan.iterations
+        seconds_GRI = []
+        for together in rounds:
+            times = fabric.collective(
+                self._kind,
+                self.size,
+                together,
+                iterations=iterations,
+                warmup=min(plan.warmup, 1) if cut_short else plan.warmup,
+                dtype=plan.dtype,
+                with_compute=self._mode == "with_compute",
+                check=plan.check,
+            )
+            self._correct &= times.correct
+            seconds_GRI.append(times.seconds.reshape(len(together), self._groups.group_size, -1))
+        self._seconds.append(np.concatenate(seconds_GRI))
+
+    def row(self) -> SweepRow:
+        """Of all passes."""
+        seconds_GRI = np.concatenate(self._seconds, axis=2)
+        medians_G = np.median(seconds_GRI, axis=(1, 2))
+        slowest = int(np.argmax(medians_G))
+        several = len(self._measured) > 1
+        times = _times(seconds_GRI)
+        rate = bandwidth(self._kind, self.size, self._groups.group_size, times.median_s)
+        return SweepRow(
+            kind=self._kind,
+            num_bytes=self.size,
+            group=self._groups.name,
+            mode=self._mode,
+            group_size=self._groups.group_size,
+            num_groups=len(self._measured),
+            times=times,
+            algbw_bytes_per_s=rate.algbw_bytes_per_s,
+            busbw_bytes_per_s=rate.busbw_bytes_per_s,
+            correct=self._correct,
+            slowest_ranks=self._measured[slowest] if several else (),
+            slowest_s=float(medians_G[slowest]) if several else None,
         )
-        correct &= times.correct
-        seconds_GRI += list(times.seconds.reshape(len(together), groups.group_size, -1))
-    measured = [group for together in rounds for group in together]
-    medians = [float(np.median(seconds_RI)) for seconds_RI in seconds_GRI]
-    slowest = int(np.argmax(medians))
-    times_of_all = _times(np.stack(seconds_GRI))
-    rate = bandwidth(kind, size, groups.group_size, times_of_all.median_s)
-    return SweepRow(
-        kind=kind,
-        num_bytes=size,
-        group=groups.name,
-        mode=mode,
-        group_size=groups.group_size,
-        num_groups=len(measured),
-        times=times_of_all,
-        algbw_bytes_per_s=rate.algbw_bytes_per_s,
-        busbw_bytes_per_s=rate.busbw_bytes_per_s,
-        correct=correct,
-        slowest_ranks=measured[slowest] if len(measured) > 1 else (),
-        slowest_s=medians[slowest] if len(measured) > 1 else None,
-    )
 
 
 def _times(seconds_GRI: NDArray[np.float64]) -> Times:
     """Over groups, ranks and iterations."""
-    by_iteration = np.log(np.median(seconds_GRI, axis=(0, 1)))
-    # Ranks of one collective wait for one another: only iterations are independent of each other.
-    error = _MEDIAN_OVER_MEAN * robust_spread(by_iteration) / math.sqrt(by_iteration.size)
     return Times(
         min_s=float(seconds_GRI.min()),
         median_s=float(np.median(seconds_GRI)),
         p99_s=float(np.quantile(seconds_GRI, 0.99)),
-        noise_share=error,
+        # Ranks of one collective wait for one another: only iterations are independent of each other.
+        noise_share=_error_of_median(np.log(np.median(seconds_GRI, axis=(0, 1)))),
     )
+
+
+def _error_of_median(values: NDArray[np.float64]) -> float:
+    """Standard error of the median of some values, of whatever distribution: half the distance between the values that are
+    half a square root of their number away from the middle one on either side (the binomial's standard deviation)."""
+    places = values.size / 2 + np.array([-0.5, 0.5]) * math.sqrt(values.size)
+    low, high = np.clip([math.floor(places[0]), math.ceil(places[1]) - 1], 0, values.size - 1)
+    ordered = np.sort(values)
+    return float(ordered[high] - ordered[low]) / 2

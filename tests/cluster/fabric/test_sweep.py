@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.errors import FabricError
 from cluster.fabric.bandwidth import bandwidth
 from cluster.fabric.groups import GroupSet, mesh_groups, rail_groups, world_group
+from cluster.fabric.measured.fabric import CollectiveTimes
 from cluster.fabric.measured.transport import COLLECTIVE_KINDS
 from cluster.fabric.probing import Endpoint
 from cluster.fabric.sweep import SweepPlan, SweepResult, read_sweep, sweep
@@ -42,7 +44,7 @@ def test_alpha_and_beta_of_each_group_and_kind_come_back() -> None:
 def test_a_set_of_groups_is_measured_one_by_one_and_together() -> None:
     fabric = FakeCollectives(together_slowness=3.0)
     (tensor,) = mesh_groups("tp=2,dp=4", 8)[1:]
-    plan = SweepPlan(groups=(tensor,), sizes=(1 << 20,), kinds=("all_reduce",), iterations=5)
+    plan = SweepPlan(groups=(tensor,), sizes=(1 << 20,), kinds=("all_reduce",), passes=1)
     alone, together = sweep(fabric, plan, taken_at=NOON).rows
     assert [call[2] for call in fabric.calls] == [1, 1, 1, 1, 4]
     assert (alone.mode, alone.num_groups) == ("isolated", 4)
@@ -76,6 +78,7 @@ def test_compute_beside_it_is_a_mode_of_its_own_and_one_group_is_never_together(
         sizes=(1 << 22,),
         kinds=("all_reduce",),
         modes=("isolated", "together", "with_compute"),
+        passes=1,
     )
     alone, computing = sweep(fabric, plan, taken_at=NOON).rows
     assert (alone.mode, computing.mode) == ("isolated", "with_compute")
@@ -103,15 +106,34 @@ def test_sizes_that_round_to_the_same_are_measured_once_and_groups_of_one_rank_n
 
 def test_large_sizes_get_fewer_iterations_but_never_fewer_than_five() -> None:
     fabric = FakeCollectives(beta_s_per_byte=1e-7)
-    plan = SweepPlan(groups=(world_group(8),), sizes=SIZES, kinds=("all_reduce",), iterations=20, seconds_per_row=1.0)
+    plan = SweepPlan(groups=(world_group(8),), sizes=SIZES, kinds=("all_reduce",), iterations=20, passes=1)
     sweep(fabric, plan, taken_at=NOON)
     iterations = [call[3] for call in fabric.calls]
     assert iterations[0] == 20
     assert iterations[-1] == 5
     assert iterations == sorted(iterations, reverse=True)
-    large = SweepPlan(groups=(world_group(8),), sizes=(1 << 28,), kinds=("all_reduce",), iterations=20)
+    large = SweepPlan(groups=(world_group(8),), sizes=(1 << 28,), kinds=("all_reduce",), iterations=20, passes=1)
     sweep(fabric, large, taken_at=NOON)
     assert fabric.calls[-1][3] == 5
+
+
+def test_a_slow_moment_does_not_fall_on_one_row_alone() -> None:
+    """The first pass happens to be ten times as slow; the others outvote it."""
+
+    class Starved(FakeCollectives):
+        def collective(self, *args: Any, **options: Any) -> CollectiveTimes:
+            times = super().collective(*args, **options)
+            return replace(times, seconds=times.seconds * (10 if len(self.calls) <= 2 else 1))
+
+    fabric = Starved(noise=0.01)
+    plan = SweepPlan(groups=(world_group(8),), sizes=(1024, 4096), kinds=("all_reduce",), iterations=20, passes=3)
+    rows = sweep(fabric, plan, taken_at=NOON).rows
+    assert [call[1] for call in fabric.calls] == [1024, 4096] * 3
+    assert [call[3] for call in fabric.calls] == [7] * 6
+    usual = FakeCollectives(noise=0.01)
+    for row, quiet in zip(rows, sweep(usual, plan, taken_at=NOON).rows, strict=True):
+        assert row.times.median_s < 1.05 * quiet.times.median_s
+        assert row.times.p99_s > 9 * quiet.times.median_s
 
 
 def test_times_are_over_ranks_and_iterations() -> None:
@@ -125,7 +147,7 @@ def test_wrong_data_show_and_rows_are_told_as_they_come() -> None:
     told = []
     plan = SweepPlan(groups=(world_group(4),), sizes=(1024,))
     result = sweep(FakeCollectives(world_size=4, wrong="all_to_all"), plan, taken_at=NOON, tell=told.append)
-    assert tuple(told) == result.rows
+    assert tuple(told) == result.rows  # once each, not in every pass
     assert [row.kind for row in result.rows if not row.correct] == ["all_to_all"]
     assert not result.correct
 
