@@ -30,6 +30,7 @@ Mask = NDArray[np.bool_]
 
 _HEALTHY_QUANTILE = 75
 """Percentile of rates taken as healthy at first: an uplink congested both ways slows more than half of all pairs."""
+_MOST_TRIALS = 60
 _MOST_PARTS = 6
 _PRICE_OF_A_LEVEL = 3.0
 """Of one more effect of an uplink, for another number of flows at once."""
@@ -103,8 +104,10 @@ def divisions(count: int, leaves: Sequence[str | None]) -> list[frozenset[int]]:
     for leaf in sorted(named):
         groups[frozenset(index for index in range(count) if leaves[index] == leaf)] = None
     if not named:
-        for start, stop in itertools.combinations(range(count + 1), 2):
-            groups[frozenset(range(start, stop))] = None
+        for start in range(count):
+            groups[frozenset(range(start))] = None
+        for size in (2**power for power in range(1, count.bit_length())):
+            groups |= {frozenset(range(start, min(start + size, count))): None for start in range(0, count, size)}
         if count <= _EXHAUSTIVE:
             for size in range(2, count // 2 + 1):
                 groups |= dict.fromkeys(map(frozenset, itertools.combinations(range(count), size)))
@@ -145,30 +148,37 @@ class _Search:
             kind: sum(part.kind == kind for part in self.parts) for kind in ("sender", "receiver", "path", "uplink")
         }
         self._price = [3.0 + math.log(totals[part.kind]) for part in self.parts]
-        self._masks = self._passed(seen.flows, count)
+        self._uplinks = np.array([part.kind == "uplink" for part in self.parts])
+        self._sends = np.zeros((len(self.parts), count), dtype=bool)
+        self._receives = np.zeros((len(self.parts), count), dtype=bool)
+        for row, part in enumerate(self.parts):
+            self._sends[row, list(part.senders)] = True
+            self._receives[row, list(part.receivers)] = True
+        self._flows = seen.flows
         self._logs = seen.log_rates
         self._rounds = seen.rounds
         self._least = least
         self._noise = seen.noise()
-        self._mu = float(np.percentile(self._logs, _HEALTHY_QUANTILE))
+        self._mu = _healthy_level(self._logs, self._noise)
 
-    def _passed(self, flows: Flows, count: int) -> Mask:
-        """(C, K) whether each observation passes each part."""
-        sends = np.zeros((len(self.parts), count), dtype=bool)
-        receives = np.zeros((len(self.parts), count), dtype=bool)
-        for row, part in enumerate(self.parts):
-            sends[row, list(part.senders)] = True
-            receives[row, list(part.receivers)] = True
-        return sends[:, flows[:, 0]] & receives[:, flows[:, 1]]
+    def _likely(self, effects: Figures, spreads: Figures, allowed: Mask) -> list[int]:
+        """Indices of the parts, the likeliest first, that are worth a trial: their flows are slower than yet explained."""
+        count = self._sends.shape[1]
+        low = np.clip((self._logs - self._mu - effects) / spreads, -4, 4)
+        sums, flows = np.zeros((count, count)), np.zeros((count, count))
+        np.add.at(sums, (self._flows[:, 0], self._flows[:, 1]), low)
+        np.add.at(flows, (self._flows[:, 0], self._flows[:, 1]), 1.0)
+        total = ((self._sends @ sums) * self._receives).sum(axis=1)
+        number = np.maximum(((self._sends @ flows) * self._receives).sum(axis=1), 1.0)
+        likely = np.flatnonzero((total / number < -0.5) & allowed)
+        return [int(index) for index in likely[np.argsort(total[likely] / np.sqrt(number[likely]))][:_MOST_TRIALS]]
 
     def likeliest_uplinks(self, most: int = 6) -> list[int]:
         """Indices of the uplinks that explain most by themselves."""
         nothing = np.zeros(self._logs.size)
         spreads = np.full(self._logs.size, self._noise)
         worths = [
-            (self._tried(index, nothing, spreads)[1], index)
-            for index, part in enumerate(self.parts)
-            if part.kind == "uplink"
+            (self._tried(index, nothing, spreads)[1], index) for index in self._likely(nothing, spreads, self._uplinks)
         ]
         return [index for worth, index in sorted(worths, reverse=True)[:most] if worth > 0]
 
@@ -178,8 +188,7 @@ class _Search:
         first: indices of uplinks to begin with. Without them there shall be none: two slow hosts together look at first like
         a slow uplink of the two, which is a greater gain in one step than either host, though a worse explanation.
         """
-        kinds = np.array([part.kind for part in self.parts])
-        allowed = (kinds != "uplink") | bool(first)
+        allowed = ~self._uplinks | bool(first)
         effects = np.zeros(self._logs.size)
         spreads = np.full(self._logs.size, self._noise)
         chosen: list[tuple[int, float, float]] = []
@@ -188,10 +197,10 @@ class _Search:
             if queue:
                 index = queue.pop(0)
             else:
-                residual = self._logs - self._mu - effects
-                low = np.clip(residual / spreads, -4, 4) @ self._masks.T / np.maximum(self._masks.sum(axis=1), 1)
-                likely = np.flatnonzero((low < -0.5) & allowed)
-                tries = [(self._tried(int(i), effects, spreads)[1], int(i)) for i in likely]
+                tries = [
+                    (self._tried(index, effects, spreads)[1], index)
+                    for index in self._likely(effects, spreads, allowed)
+                ]
                 if not tries or max(tries)[0] <= 0:
                     break
                 index = max(tries)[1]
@@ -212,7 +221,7 @@ class _Search:
 
     def _tried(self, index: int, effects: Figures, spreads: Figures) -> tuple[Figures, float, float]:
         """The part's effect on each observation, its worth given the others' effects, and its strongest effect."""
-        mask = self._masks[index]
+        mask = self._sends[index, self._flows[:, 0]] & self._receives[index, self._flows[:, 1]]
         below = self._logs - self._mu
         part_effects = np.zeros_like(below)
         levels = self._loads(mask) if self.parts[index].kind == "uplink" else np.zeros(int(mask.sum()), dtype=np.intp)
@@ -243,3 +252,11 @@ class _Search:
 def _loss(deviations: Figures) -> float:
     """Minus the log likelihood of deviations in units of the noise, by Student's t with three degrees of freedom."""
     return float(2.0 * np.log1p(deviations**2 / 3.0).sum())
+
+
+def _healthy_level(logs: Figures, noise: float) -> float:
+    """The mode of the rates that is nearest to an upper percentile, by mean shift with a window of three noises."""
+    level = float(np.percentile(logs, _HEALTHY_QUANTILE))
+    for _ in range(5):
+        level = float(np.median(logs[np.abs(logs - level) < 3.0 * noise]))
+    return level

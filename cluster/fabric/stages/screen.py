@@ -9,6 +9,8 @@ from ..schedule import both_ways, circle_rounds, halving_rounds, renamed
 from .session import Session
 
 _REPEATS, _MOST_REPEATS = 3, 5
+_MANY, _REPEATS_OF_MANY = 16, 2
+"""With more endpoints than this each row and column has so many pairs that fewer repeats suffice."""
 _NOISY = 0.08
 """Standard deviation of the logarithm of a rate above which three repeats are too few to see a loss of a fifth in a path."""
 
@@ -21,8 +23,9 @@ def screen(session: Session) -> Explanation:
     trips = session.round_trip(renamed(circle_rounds(session.count)[:1], order)[0])
     session.alpha_s = 0.5 * float(np.median(trips))
     session.restart_counters()
+    repeats = _REPEATS if session.count <= _MANY else _REPEATS_OF_MANY
     for repeat in range(_MOST_REPEATS):
-        if repeat >= _REPEATS and (session.seen.noise() < _NOISY or not session.in_time):
+        if repeat >= repeats and (session.seen.noise() < _NOISY or not session.in_time):
             break
         # Pairs of one round share its accidents: another order mixes them anew.
         rounds = renamed(halving_rounds(session.count), order)
