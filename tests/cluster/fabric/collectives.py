@@ -11,7 +11,7 @@ import numpy as np
 from cluster.fabric.bandwidth import bus_factor, message_steps
 from cluster.fabric.groups import GroupSet, world_group
 from cluster.fabric.measured.fabric import CollectiveTimes
-from cluster.fabric.measured.transport import CollectiveKind
+from cluster.fabric.measured.transport import COLLECTIVE_KINDS, CollectiveKind
 from cluster.fabric.probing import Endpoint
 from cluster.fabric.sweep import SweepPlan, SweepResult, sweep
 
@@ -75,7 +75,14 @@ class FakeCollectives:
         )
 
 
-def swept(fabric: FakeCollectives, *groups: GroupSet, taken_at: datetime = NOON) -> SweepResult:
-    """A small sweep of all kinds on the world, or on other groups."""
-    plan = SweepPlan(groups=groups or (world_group(fabric.world_size),), sizes=SIZES, iterations=10)
+def swept(
+    fabric: FakeCollectives,
+    *groups: GroupSet,
+    taken_at: datetime = NOON,
+    kinds: tuple[CollectiveKind, ...] = COLLECTIVE_KINDS,
+) -> SweepResult:
+    """A small sweep on the world, or on other groups."""
+    plan = SweepPlan(
+        groups=groups or (world_group(fabric.world_size),), sizes=SIZES, kinds=kinds, iterations=10, passes=1
+    )
     return sweep(fabric, plan, taken_at=taken_at)
