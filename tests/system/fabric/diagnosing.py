@@ -105,9 +105,22 @@ class Recording:
 
 
 def is_told(faults: Sequence[Fault], findings: Sequence[Finding]) -> bool:
-    """Whether the first findings, as many as there are faults, tell all of them; and nothing is said where nothing is wrong."""
-    expected = [fault for fault in faults if fault.expected]
-    if not expected:
+    """Whether the first findings, one a fault, tell them all; and nothing is told where nothing is wrong.
+
+    A path that is bad both ways may be told as two findings: the second repeats a fault, and does not count.
+    """
+    untold = [fault for fault in faults if fault.expected]
+    if not untold:
         return not findings
-    first = findings[: len(expected)]
-    return all(any(way.is_met_by(finding) for way in fault.expected for finding in first) for fault in expected)
+    told: list[Fault] = []
+    for finding in findings:
+        if any(fault.is_met_by(finding) for fault in told):
+            continue
+        met = [fault for fault in untold if fault.is_met_by(finding)]
+        if not met:
+            return False
+        told.append(met[0])
+        untold.remove(met[0])
+        if not untold:
+            return True
+    return False

@@ -56,6 +56,10 @@ class Fault:
     """Any one of these is right. Empty: there is nothing to find."""
     inject: Injection
 
+    def is_met_by(self, finding: Finding) -> bool:
+        """Whether the finding tells this fault."""
+        return any(way.is_met_by(finding) for way in self.expected)
+
 
 def slow_sender(host: Host, keep: float) -> Fault:
     """What leaves the host does so at `keep` of its link's rate."""

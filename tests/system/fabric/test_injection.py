@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.fabric.findings import Finding, Kind
 from tests.requirements import requires
-from tests.system.fabric.faults import FAULTS, Expected, draw_fault, draw_two_faults
+from tests.system.fabric.diagnosing import is_told
+from tests.system.fabric.faults import FAULTS, Expected, bad_path, draw_fault, draw_two_faults, no_fault, slow_sender
 from tests.system.fabric.foreign import datagrams
 from tests.system.fabric.hosts import FabricOfHosts, Host, run_command
 from tests.system.fabric.ranks import HostRank, Ranks
@@ -113,12 +115,11 @@ def test_two_faults_are_at_different_places(fabric: FabricOfHosts) -> None:
         assert {first.name, second.name} != {"incast", "congested_uplink"}
 
 
+def finding(kind: Kind, *hosts: str) -> Finding:
+    return Finding(kind=kind, hosts=hosts, ranks=(), confidence=1.0, evidence={}, sentence="")
+
+
 def test_an_expected_finding_has_its_kind_and_its_hosts_and_a_path_its_direction() -> None:
-    from cluster.fabric.findings import Finding, Kind
-
-    def finding(kind: Kind, *hosts: str) -> Finding:
-        return Finding(kind=kind, hosts=hosts, ranks=(), confidence=1.0, evidence={}, sentence="")
-
     path = Expected(kind="bad_path", hosts=("h1", "h2"))
     assert path.is_met_by(finding("bad_path", "h1", "h2"))
     assert not path.is_met_by(finding("bad_path", "h2", "h1"))
@@ -126,3 +127,20 @@ def test_an_expected_finding_has_its_kind_and_its_hosts_and_a_path_its_direction
     assert uplink.is_met_by(finding("congested_uplink", "h2", "h1"))
     assert not uplink.is_met_by(finding("congested_uplink", "h2"))
     assert not uplink.is_met_by(finding("slow_link", "h2", "h1"))
+
+
+def test_the_first_findings_count_and_a_false_alarm_does_too(fabric: FabricOfHosts) -> None:
+    h0, h1, h2 = fabric.hosts[:3]
+    path = bad_path(h0, h1, 0.5, both_ways=True)
+    sender = slow_sender(h2, 0.5)
+    there, back, slow = finding("bad_path", "h0", "h1"), finding("bad_path", "h1", "h0"), finding("slow_sender", "h2")
+    wrong = finding("slow_sender", "h3")
+    assert is_told([no_fault()], [])
+    assert not is_told([no_fault()], [wrong])
+    assert is_told([sender], [slow, wrong])
+    assert not is_told([sender], [wrong, slow])
+    assert not is_told([sender], [])
+    assert is_told([path, sender], [there, back, slow])
+    assert is_told([sender, path], [back, slow])
+    assert not is_told([path, sender], [there, back])
+    assert not is_told([path, sender], [there, wrong, slow])
