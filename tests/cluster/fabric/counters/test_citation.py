@@ -72,6 +72,8 @@ def test_beside_others_only_what_grew_clearly_more_is_cited() -> None:
     assert cite("congested_uplink", {WAIT: 300.0}, others=others).supports == (
         "port_xmit_wait of mlx5_0:1 +300; 120 on others: the port had data and no room ahead",
     )
+    # Of much, half as much again is beyond chance, and nothing that sets a host apart.
+    assert not cite("congested_uplink", {WAIT: 15_000.0}, others=[{WAIT: 10_000.0}]).supports
     # Twice nearly nothing is chance.
     assert not cite("congested_uplink", {WAIT: 4.0}, others=[{WAIT: 2.0}]).supports
 

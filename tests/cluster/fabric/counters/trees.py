@@ -54,10 +54,10 @@ FILES: Mapping[str, str] = {
         '{"kind":"mq","dev":"eth0","root":true,"drops":5,"overlimits":1,"requeues":0},'
         '{"kind":"fq_codel","dev":"eth0","parent":":1","drops":5,"overlimits":1,"requeues":0}]'
     ),
-    "proc/self/cgroup": "4:cpu,cpuacct:/jobs/one\n1:name=systemd:/\n0::/jobs\n",
+    "proc/self/cgroup": "4:cpu,cpuacct:/jobs/one\n1:name=systemd:/\n0::/pods/two\n",
     "sys/fs/cgroup/cpu/jobs/one/cpu.stat": "nr_periods 40\nnr_throttled 30\nthrottled_time 2500000000\n",
     "sys/fs/cgroup/cpu/jobs/cpu.stat": "nr_periods 40\nnr_throttled 0\nthrottled_time 0\n",
-    "sys/fs/cgroup/jobs/cpu.stat": "usage_usec 5\nnr_periods 4\nnr_throttled 3\nthrottled_usec 1500000\n",
+    "sys/fs/cgroup/pods/cpu.stat": "usage_usec 5\nnr_periods 4\nnr_throttled 3\nthrottled_usec 1500000\n",
     "proc/stat": "cpu  10 0 10 100 0 0 0 250 0 0\ncpu0 10 0 10 100 0 0 0 250 0 0\n",
     "sys/devices/system/cpu/cpu0/thermal_throttle/core_throttle_count": "2\n",
     "sys/devices/system/cpu/cpu1/thermal_throttle/core_throttle_count": "3\n",

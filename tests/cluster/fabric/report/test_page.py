@@ -110,9 +110,12 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     found = samples.finding("slow_sender", (odd,), f"{odd} sends slowly.", note=odd)
     verdict = samples.verdict(found)
     verdict["details"]["hosts"][3] = odd
-    page = _page(ReportData(title=odd, verdict=verdict), tmp_path)
+    sweep = samples.sweep()
+    sweep["rows"] = [{**row, "group": odd} for row in sweep["rows"]]
+    page = _page(ReportData(title=odd, verdict=verdict, sweep=sweep), tmp_path)
     assert "<script" not in page
-    topology, pairs, _ = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    topology, pairs, _, curves = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert ElementTree.fromstring(curves).get("aria-label", "").startswith(odd)
     for drawn in (topology, pairs):
         assert odd in [element.text for element in ElementTree.fromstring(drawn).iter()]
 
