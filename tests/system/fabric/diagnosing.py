@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -23,19 +24,23 @@ DIAGNOSIS_SECONDS = 90.0
 
 
 class DiagnosingRanks:
-    """A context: ranks on all hosts of `fabric`. `ranks` are those of the faults."""
+    """A context: ranks on all hosts of `fabric`, which have met. `ranks` are those of the faults."""
 
     def __init__(self, fabric: FabricOfHosts) -> None:
         self.ranks = Ranks(fabric, serve)
+        self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self.ranks.__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.ranks)
+            self.ranks.hear(0, timeout_s=DIAGNOSIS_SECONDS)
+            self._cleanup = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.ranks.__exit__(kind, error, trace)
+        self._cleanup.close()
 
     def diagnose(self) -> dict[str, Any]:
         """`verdict` as for JSON, `measurements` as a list of what was asked and answered. Raises RankFailureError."""
@@ -54,6 +59,7 @@ def serve(rank: HostRank) -> None:
     )
 
     def work(fabric: MeasuredFabric) -> None:
+        rank.parent.send("all have met")
         while rank.parent.recv() != "stop":
             recorded = Recording(fabric)
             verdict = diagnose(recorded)

@@ -172,6 +172,17 @@ class Ranks:
             raise RankFailureError(f"{len(failures)} of {len(expected)} ranks failed\n{account}")
         return [outcomes[rank].value for rank in expected]
 
+    def exit_codes(self, *, timeout_s: float) -> list[int]:
+        """Of all ranks, where the function ends its process itself. Raises RankFailureError for one that does not."""
+        deadline = time.monotonic() + timeout_s
+        codes = []
+        for rank, process in enumerate(self._processes):
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.exitcode is None:
+                raise RankFailureError(f"rank {rank} did not end in {timeout_s:g} s")
+            codes.append(process.exitcode)
+        return codes
+
     def _outcome(self, rank: int) -> _Outcome:
         try:
             return self._results[rank].recv()
