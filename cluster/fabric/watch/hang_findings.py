@@ -77,16 +77,9 @@ def missing(state: RankState, place: Place | None, waited_s: float, waiting: Seq
 
 
 def died(state: RankState, others: Mapping[int, RankState]) -> Finding:
-    """A rank whose process is gone, told before anybody has waited for it. `others`: those that were in a collective."""
-    held = [
-        Place(group=group, call=call)
-        for other in others.values()
-        for group in other.groups
-        if state.rank in group.ranks
-        for call in group.calls
-        if not call.done and call.peer is None
-    ]
-    place = max(held, key=lambda each: each.call.age_s, default=None)
+    """A rank whose process is gone, told before anybody has waited for it; `others` say what they called last."""
+    last = [place for other in others.values() if (place := _last_place(other)) and state.rank in place.group.ranks]
+    place = max(last, key=lambda each: each.call.age_s, default=None)
     seen = f", last seen at {state.place[0]}" if state.place else ""
     pending = f"; the others were in {place.text}" if place else ""
     return Finding(
@@ -97,6 +90,12 @@ def died(state: RankState, others: Mapping[int, RankState]) -> Finding:
         evidence={**(place.as_data() if place else {}), "state": state.life, "place": list(state.place)},
         sentence=f"{_name(state)} {_STATES[state.life]}{seen}{pending}.",
     )
+
+
+def _last_place(state: RankState) -> Place | None:
+    """The call that a rank is in, or was in when it failed."""
+    places = [Place(group=group, call=call) for group in state.groups for call in group.calls if call.peer is None]
+    return min(places, key=lambda place: place.call.age_s, default=None)
 
 
 def out_of_step(

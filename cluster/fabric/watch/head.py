@@ -78,6 +78,7 @@ class Head:
         self._asked_at = now - _ASK_AGAIN_SECONDS
         self._written_at = now - _WRITE_SECONDS
         self._told: set[tuple[Any, ...]] = set()
+        self._death_seen = False
         self._deaths_told = False
         self._analysers: dict[str, HeadAnalyser] = {}
         for spec in analysers:
@@ -195,6 +196,9 @@ class Head:
         dead = {number: rank for number, rank in self._ranks.items() if rank.life == "dead"}
         if not dead or self._deaths_told:
             return []
+        if not self._death_seen:
+            self._death_seen = True
+            self._ask()  # what the others are in
         first = min(rank.life_since for rank in dead.values())
         if now < first + _SETTLE_SECONDS:
             return []

@@ -48,7 +48,8 @@ class Watch:
             "start": own.start_ticks,
             "signal": stacks.listen(setup.directory, setup.rank),
         }
-        self._socket = local_socket(rank_name(meeting.token, setup.rank))
+        self._name = rank_name(meeting.token, setup.rank)
+        self._socket = local_socket(self._name)
         self._closed = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._report, name="fabric-watch", daemon=True)
@@ -66,7 +67,9 @@ class Watch:
             return
         self._closed = True
         self._end.set()
+        self._tell_calls()  # where it was, if another's end is the reason for its own
         self._tell({"t": "bye", "rank": self._setup.rank})
+        send_datagram(self._socket, self._name, self._token, {"t": "end"})  # wakes the thread
         self._thread.join(_END_SECONDS)
         self._socket.close()
         stacks.forget_if_empty(self._setup.directory, self._setup.rank)

@@ -6,6 +6,7 @@ stopped or gone, gets an account of what the kernel still knows (`account_for`).
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -31,7 +32,8 @@ def listen(directory: Path, rank: int) -> int:
     number = signal.SIGRTMIN + 9  # NPTL has the first ones, debuggers and runtimes tend to take the next
     path = stack_file(directory, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("w")
+    path.unlink(missing_ok=True)
+    file = path.open("a")  # its watcher may add to it
     faulthandler.register(number, file=file, all_threads=True, chain=False)
     return int(number)
 
@@ -41,6 +43,8 @@ def forget_if_empty(directory: Path, rank: int) -> None:
     path = stack_file(directory, rank)
     if path.exists() and path.stat().st_size == 0:
         path.unlink()
+        with contextlib.suppress(OSError):  # others have theirs there
+            path.parent.rmdir()
 
 
 def ask(process: ProcessId, signal_number: int) -> None:

@@ -16,9 +16,9 @@ from cluster.errors import FabricError
 from cluster.fabric.watch.processes import ProcessId
 from cluster.fabric.watch.protocol import Meeting
 from cluster.fabric.watch.setup import WatchSetup
+from cluster.fabric.watch.status import FOLDER
 
 _START_SECONDS = 30.0
-LOG_FILE = "watcher-{host}.log"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,18 @@ class WatcherSettings:
         )
 
 
+def log_file(directory: Path, host: str) -> Path:
+    """Where a watcher complains; gone at its end where it had nothing to complain of."""
+    return directory / FOLDER / f"watcher-{host.replace('/', '_')}.log"
+
+
 def start_watcher(settings: WatcherSettings, meeting: Meeting | None) -> Meeting:
     """Starts a watcher and waits until it listens; returns where its head is. `meeting` None: it becomes the head.
 
     Raises FabricError when it does not come up.
     """
     told = {**asdict(settings), "meeting": meeting.as_text() if meeting else None}
-    log = Path(settings.directory) / "fabric" / LOG_FILE.format(host=settings.host.replace("/", "_"))
+    log = log_file(Path(settings.directory), settings.host)
     log.parent.mkdir(parents=True, exist_ok=True)
     package_root = Path(cluster.__file__).parent.parent
     with log.open("ab") as errors:

@@ -30,7 +30,7 @@ from cluster.fabric.watch.protocol import (
     send_datagram,
     watcher_name,
 )
-from cluster.fabric.watch.starting import WatcherSettings
+from cluster.fabric.watch.starting import WatcherSettings, log_file
 from cluster.fabric.watch.state import Activity, Life
 
 _TICK_SECONDS = 0.5
@@ -276,3 +276,6 @@ def main() -> None:
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     watcher.run()
+    log = log_file(Path(settings.directory), settings.host)
+    if log.exists() and log.stat().st_size == 0:
+        log.unlink()
