@@ -33,9 +33,9 @@ def test_help_and_checks_import_nothing_heavy(tiny: Path) -> None:
 
 def test_help_shows_the_verbs_that_work(mega: Mega) -> None:
     shown = mega("--help").out
-    for verb in ("init", "doctor", "config", "data", "train", "checkpoint", "generate", "export", "smoke"):
+    for verb in ("init", "doctor", "config", "data", "train", "checkpoint", "fabric", "generate", "export", "smoke"):
         assert verb in shown
-    for verb in ("plan", "launch", "fabric", "bench"):
+    for verb in ("plan", "launch", "bench"):
         assert verb not in shown
 
 
@@ -44,6 +44,8 @@ def test_help_shows_the_verbs_that_work(mega: Mega) -> None:
     [
         "init", "doctor", "config show", "config schema", "config check", "data prepare", "data info", "train",
         "checkpoint list", "checkpoint verify", "checkpoint reshard", "generate", "export", "smoke",
+        "fabric diagnose", "fabric sweep", "fabric pairs", "fabric watch", "fabric report", "fabric simulate",
+        "fabric baseline save", "fabric baseline list", "fabric baseline check",
     ],
 )  # fmt: skip
 def test_every_verb_takes_json_and_debug(mega: Mega, verb: str) -> None:
