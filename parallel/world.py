@@ -52,6 +52,8 @@ class World:
     backend: str | None
     timeout: timedelta
     control_group: dist.ProcessGroup | None
+    address: str | None = None
+    """Host of the ranks' meeting point, as the launcher gave it: rank 0's, under a name that others reach it by."""
 
     @property
     def is_main(self) -> bool:
@@ -208,6 +210,7 @@ def open_world(
             backend=backend,
             timeout=timeout,
             control_group=dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD,
+            address=environment.address.rpartition(":")[0],
         )
         failed = False
     finally:

@@ -19,6 +19,7 @@ from megamodel.train.activation_watch import ActivationWatch
 from megamodel.train.assemble import assemble
 from megamodel.train.callbacks.base import Callback, RunFacts
 from megamodel.train.callbacks.communication import CommunicationTable
+from megamodel.train.callbacks.fabric import FabricMonitor, watch_run
 from megamodel.train.callbacks.progress import ProgressLine
 from megamodel.train.callbacks.records import JsonlRecords, TensorBoardRecords
 from megamodel.train.checkpointing import Progress, RunCheckpoints, identity
@@ -26,7 +27,7 @@ from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.layout import layout_demands
 from megamodel.train.run_directory import RunDirectory
 from megamodel.train.step import Step, TrainStep
-from megamodel.train.trace import CommunicationTrace
+from megamodel.train.trace import CommunicationTrace, expectation
 from megamodel.train.trainer import LoopResult, Trainer, TrainingData
 from parallel.checkpoint.directory import CorruptCheckpoint
 from parallel.checkpoint.store import CheckpointStore
@@ -71,8 +72,13 @@ def train_in_world(
     data = _open_data(job, prepared, world)
     directory = RunDirectory(job.run_directory)
     watchers = [*(_callbacks(job, directory, console) if world.is_main else []), *callbacks]
+    monitor = watch_run(
+        job, world, console=console, scalars=[each.add for each in watchers if isinstance(each, TensorBoardRecords)]
+    )
+    if monitor is not None:
+        watchers.insert(0, monitor)  # closed first: what it still shows needs the others
     try:
-        return _train(job, prepared, data, world, directory, watchers, on_accepted or (lambda: None))
+        return _train(job, prepared, data, world, directory, watchers, monitor, on_accepted or (lambda: None))
     finally:
         for callback in watchers:
             callback.close()
@@ -85,6 +91,7 @@ def _train(
     world: World,
     directory: RunDirectory,
     callbacks: list[Callback],
+    monitor: FabricMonitor | None,
     on_accepted: Callable[[], None],
 ) -> TrainingResult:
     _check_layout(job, world)
@@ -123,7 +130,7 @@ def _train(
             world=world,
             config=job.train,
             built=built,
-            step=trace or _watched(job, step, callbacks, first_step),
+            step=_watched(job, step, trace, callbacks, monitor, store, first_step),
             data=data,
             checkpoints=checkpoints,
             callbacks=callbacks,
@@ -139,11 +146,26 @@ def _train(
     return replace(result, communication=tuple(trace.told)) if trace else result
 
 
-def _watched(job: TrainingJob, step: TrainStep, callbacks: list[Callback], first_step: int) -> Step:
-    """The step, which in its second call also says what the mode of activation memory saves, if there is one."""
-    if job.train.activation_memory.mode == "none":
-        return step
-    return ActivationWatch(job, step, callbacks, first_step=first_step)
+def _watched(
+    job: TrainingJob,
+    step: TrainStep,
+    trace: CommunicationTrace | None,
+    callbacks: list[Callback],
+    monitor: FabricMonitor | None,
+    store: CheckpointStore,
+    first_step: int,
+) -> Step:
+    """The step, with all that stands around it: the trace, or what says in its second call what the mode of activation
+    memory saves, if there is one; and the monitor."""
+    inner: Step = trace or step
+    if trace is None and job.train.activation_memory.mode != "none":
+        inner = ActivationWatch(job, step, callbacks, first_step=first_step)
+    if monitor is None:
+        return inner
+    expected = expectation(job, step.built) if job.fabric.profile is not None else None
+    return monitor.around(
+        inner, step.built, expected=expected, is_saving=lambda: store.is_saving, first_step=first_step
+    )
 
 
 def _open_data(job: TrainingJob, prepared: PreparedData, world: World) -> TrainingData:
@@ -167,7 +189,7 @@ def _open_data(job: TrainingJob, prepared: PreparedData, world: World) -> Traini
 def _check_agreement(job: TrainingJob, prepared: PreparedData, world: World) -> None:
     """Ranks with another configuration or other data would train on, in step and wrong."""
     mine = identity(job, prepared.manifest_hash)
-    for section, config in (("train", job.train), ("parallel", job.parallel)):
+    for section, config in (("train", job.train), ("parallel", job.parallel), ("fabric", job.fabric)):
         mine |= {f"{section}.{key}": value for key, value in config.model_dump(mode="json").items()}
     everyone = world.all_gather_object(mine)
     problems = [

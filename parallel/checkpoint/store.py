@@ -202,6 +202,11 @@ class CheckpointStore:
             with self._pending._stalling():
                 self._pending._staged.wait()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way, whose thread issues collectives. No collective."""
+        return self._pending is not None and not self._pending.done
+
     def poll(self) -> None:
         """Raises the error of an asynchronous save that has failed since the last look. Never waits. No collective."""
         if self._pending is not None and self._pending.done:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ class ExpectedStep:
     rows: tuple[CommunicationRow, ...]
 
     def as_payload(self) -> dict[str, Any]:
-        """For the side channel."""
-        return {"profile": self.profile.as_data(), "rows": [asdict(row) for row in self.rows]}
+        """For the side channel: of the profile what predicting needs, since a message has a size."""
+        groups = tuple(replace(each, groups=each.groups[:1]) for each in self.profile.groups)
+        fits = replace(self.profile, rows=(), groups=groups, circumstances={})
+        return {"profile": fits.as_data(), "rows": [asdict(row) for row in self.rows]}
 
     @classmethod
     def from_payload(cls, payload: Mapping[str, Any]) -> ExpectedStep:

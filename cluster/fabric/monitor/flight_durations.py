@@ -49,7 +49,7 @@ def enable() -> None:
 
     for group in list(dist.distributed_c10d._world.pg_map):
         if "nccl" in dist.get_backend(group):
-            group._enable_collectives_timing()
+            group._enable_collectives_timing()  # type: ignore[attr-defined]
 
 
 def records_of(entries: Iterable[Mapping[str, Any]], since_ns: int, until_ns: int) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -113,11 +114,11 @@ class TensorBoardRecords(Callback):
             scalars["throughput/pipeline_bubble"] = result.pipeline_bubble
         if result.router is not None:
             scalars |= _router_scalars(result.router)
-        self._write(scalars, record.step)
+        self.add(scalars, record.step)
 
     def on_validation(self, step: int, result: ValidationResult, seconds: float) -> None:
         """Beside the training loss."""
-        self._write(
+        self.add(
             {"loss/val": result.loss, "loss/val_bits_per_byte": result.bits_per_byte, "time/validation_s": seconds},
             step,
         )
@@ -127,7 +128,8 @@ class TensorBoardRecords(Callback):
         if self._writer is not None:
             self._writer.close()
 
-    def _write(self, scalars: dict[str, float], step: int) -> None:
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
+        """Scalars by tag, of one step."""
         if self._writer is not None:
             for tag, value in scalars.items():
                 self._writer.add_scalar(tag, value, step)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cluster.config import FabricConfig
 from data_pipeline.config import DataConfig
 from data_pipeline.prepare import prepare
 from data_pipeline.prepared import PreparedData
@@ -90,6 +91,7 @@ def small_job(
         data=data,
         parallel=ParallelConfig(data_engine=engine, timeout_seconds=30),
         train=TrainConfig(**{**settings, **train}),
+        fabric=FabricConfig(monitor="off"),  # a process more for each of hundreds of runs
     )
 
 
