@@ -1,0 +1,67 @@
+"""Slow compute among very many endpoints: all are timed once, then again those that were slow in every pass so far."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..analysis.judgement import Slow
+from ..probing import Figures
+from ..stages.session import Session
+from ..statistics import contrast, robust_spread, student_quantile
+
+_LEAST_PASSES, _MOST_PASSES = 4, 6
+_MOST_ROUNDS = 12
+_CONTROLS = 200
+_SUSPECT, _CERTAIN = 0.7, 1.5
+"""Times the smallest loss of interest: slow in one pass; named after all, where noise is so low."""
+_DOF = 100
+
+
+def slow_computing(session: Session) -> list[Slow]:
+    """Four rounds, or up to six where the diagnosis has had few so far; fewer where nobody is slow in all of them.
+
+    What disturbs compute makes it longer, never shorter: one quick pass clears an endpoint.
+    """
+    session.during = "compute"
+    least = math.log1p(session.settings.least_compute_loss)
+    controls = np.sort(session.rng.permutation(session.count)[:_CONTROLS])
+    passes = min(max(_MOST_ROUNDS - session.rounds, _LEAST_PASSES), _MOST_PASSES)
+    logs = np.full((passes, session.count), np.nan)
+    suspects = asked = np.arange(session.count)
+    for number in range(passes):
+        seconds = np.log(session.compute(asked.tolist(), work_s=session.settings.work_s))
+        reference = float(np.median(seconds[np.isin(asked, controls)]))
+        logs[number, asked] = seconds - reference
+        if number == 0:
+            session.compute_s = np.exp(seconds)
+        suspects = suspects[logs[number, suspects] > _SUSPECT * least]
+        if not len(suspects):
+            return []
+        asked = np.union1d(suspects, controls)
+    noise, spread = _noise(logs[:, np.setdiff1d(controls, suspects)])
+    tail = session.settings.false_alarm_rate / session.count
+    bound = max(_CERTAIN * least, student_quantile(tail, _DOF) * spread)
+    slow = [int(end) for end in suspects if _level(logs[:, end], noise) >= bound and logs[:, end].min() >= 0.45 * bound]
+    return [_slow(end, logs[:, end], noise, math.exp(reference)) for end in slow]
+
+
+def _noise(logs: Figures) -> tuple[float, float]:
+    """Of one pass, and of an endpoint's mean over all passes, which healthy endpoints differ in for good as well."""
+    return robust_spread(logs - np.median(logs, axis=0)), robust_spread(np.median(logs, axis=0))
+
+
+def _level(logs: Figures, noise: float) -> float:
+    """By the quicker half of the passes, less by how much chance alone makes those quicker (0.66 of 4 normal ones)."""
+    return float(np.sort(logs)[: len(logs) // 2].mean() + 0.66 * noise)
+
+
+def _slow(end: int, logs: Figures, noise: float, control_s: float) -> Slow:
+    loss = contrast(logs, known_spread=noise, known_dof=_DOF)
+    evidence = {
+        "compute_s": control_s * math.exp(loss.mean),
+        "control_compute_s": control_s,
+        "comparisons": loss.count,
+    }
+    return Slow(part=None, endpoint=end, log_loss=loss.mean, tail=loss.tail_beyond(0.0), evidence=evidence)

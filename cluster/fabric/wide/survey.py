@@ -1,0 +1,121 @@
+"""The rounds that look for suspects among very many endpoints: under each leaf, then from leaf to leaf."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..probing import Figures, Flows
+from ..stages.session import Session
+from ..statistics import robust_spread
+from .evidence import Ends
+from .layout import NO_FLOWS, Indices, Layout, Mask, layout_of, without
+
+WITHIN_ROUNDS = 3
+ACROSS_ROUNDS = 3
+_HASHED_FLOWS = 8
+"""Flows a leaf sends out at once where flows may share a cable: most then run alone."""
+_COLLISION_FREE = math.log(0.8)
+_FIRST_BYTES = 1 << 24
+"""Enough for 0.3 ms at 400 Gbit/s: the first round counts, and shows how large the others should be."""
+_ALWAYS, _MOSTLY, _ON_AVERAGE = 0.7, 0.5, 1.0
+"""Times the smallest loss of interest: whoever lost so much in every round is suspected, or in all but one and on average."""
+_MOST_SUSPECTS = 1 / 8
+
+
+class Survey:
+    """What was measured. Logarithms of rates are relative to what flows under one leaf get, which share nothing."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.layout: Layout = layout_of(session.endpoints)
+        self.near = Ends(session.count)
+        """Under leaves: rounds of all, then those that pair suspects with good ones."""
+        self.far = Ends(session.count)
+        """From leaf to leaf, relative to the round's median."""
+        self.crossings: list[tuple[Flows, Figures]] = []
+        """Rounds from leaf to leaf: flows, and logarithms of their rates relative to the round's median."""
+        self.collision_free = True
+        """Whether flows from leaf to leaf ran as if alone when all ran at once."""
+        self.level = 0.0
+        """Logarithm of the rate of a flow under one leaf."""
+        self.noise = 0.0
+        """Standard deviation of the logarithm of one rate."""
+        self.least = session.settings.least_log_loss
+        self.suspects: Indices = np.zeros(0, dtype=np.intp)
+        self.good: Mask = np.ones(session.count, dtype=bool)
+        self._turn = WITHIN_ROUNDS
+
+    def run(self) -> None:
+        """Six rounds; where leaves are not known, one for each time that the number of suspects can halve."""
+        self._within_leaves()
+        if self.layout.num_leaves > 1:
+            for number in range(ACROSS_ROUNDS):
+                self._across_leaves(number)
+            return
+        for _ in range(math.ceil(math.log2(self.session.count))):
+            if not len(self.suspects):
+                break
+            self.measure_with_repairs(NO_FLOWS)
+            self._suspect()
+
+    def _within_leaves(self) -> None:
+        self.session.during = "transfers between neighbours"
+        session, spreads = self.session, []
+        session.num_bytes = max(_FIRST_BYTES, session.settings.least_bytes)
+        for shift in range(1, WITHIN_ROUNDS + 1):
+            flows = self._neighbours(shift)
+            logs = np.log(session.transfer(flows))
+            self.level = float(np.median(logs))
+            spreads.append(robust_spread(logs))
+            self.near.add(flows, logs - self.level)
+            wanted = int(math.exp(self.level) * session.settings.transfer_s)
+            session.num_bytes = min(max(wanted, session.settings.least_bytes), session.settings.most_bytes)
+        self.noise = float(np.mean(spreads))
+        self._suspect()
+
+    def _neighbours(self, shift: int) -> Flows:
+        """Where leaves are not known, neighbours by number may be far apart: any two are as good."""
+        flows = self.layout.neighbours(shift)
+        known = self.layout.num_leaves > 1
+        return flows if known else self.session.rng.permutation(self.session.count)[flows]
+
+    def _suspect(self) -> None:
+        """Whoever was slow in every round so far, or in most and on average; the slowest, should they be too many."""
+        means = np.stack([self.near.means(side) for side in (0, 1)])
+        best = np.stack([self.near.best(side) for side in (0, 1)])
+        second = np.stack([self.near.best(side, rank=2) for side in (0, 1)])
+        mostly = (means < -_ON_AVERAGE * self.least) & (second < -_MOSTLY * self.least)
+        slow = mostly | (best < -_ALWAYS * self.least)
+        if not len(self.suspects):
+            self.good = np.logical_not(slow.any(axis=0))
+        worst = np.where(slow, means, 0.0).min(axis=0)
+        most = max(int(_MOST_SUSPECTS * self.session.count), 4)
+        self.suspects = np.sort(np.argsort(worst, kind="stable")[: min(most, int((worst < 0).sum()))])
+
+    def _across_leaves(self, number: int) -> None:
+        """Shifts far apart, so that all levels are crossed. The first round shows whether flows share cables."""
+        self.session.during = "transfers between leaves"
+        leaves = self.layout.num_leaves
+        shift = (leaves // 2, leaves // 3, leaves // 5 + 1)[number] % leaves or 1
+        most = None if number == 0 or self.collision_free else _HASHED_FLOWS
+        flows = self.layout.across(shift, most=most, rng=self.session.rng)
+        if number == 0:
+            logs = np.log(self.session.transfer(flows)) - self.level
+            self.collision_free = float(np.median(logs)) > _COLLISION_FREE
+        else:
+            flows, logs = self.measure_with_repairs(flows)
+            self._suspect()
+        logs = logs - np.median(logs)
+        self.far.add(flows, logs)
+        self.crossings.append((flows, logs))
+
+    def measure_with_repairs(self, flows: Flows) -> tuple[Flows, Figures]:
+        """One round of `flows` beside others that pair each suspect with good ones; those of `flows` that fitted in."""
+        repairs = self.layout.repairs(self.suspects, self.good, 3 * self._turn)
+        self._turn += 1
+        flows = without(flows, repairs)
+        logs = np.log(self.session.transfer(np.concatenate([repairs, flows]))) - self.level
+        self.near.add(repairs, logs[: len(repairs)])
+        return flows, logs[len(repairs) :]
