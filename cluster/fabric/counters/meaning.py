@@ -164,7 +164,7 @@ _ETHERNET = (
     Signal(
         pattern="qdisc/*/drops",
         meaning="own_queue",
-        says="it dropped packets in its own queue, faster than its link could send",
+        says="its own queue dropped packets, being given more than its link carries",
         only_beside_others=True,
     ),
 )
