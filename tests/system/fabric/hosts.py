@@ -11,7 +11,7 @@ import itertools
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,12 @@ _PACKET_BYTES = 4_000
 _BURST_BYTES = 5_000
 """Just above the largest packet, which would be cut into those of the wire otherwise, and small against one transfer."""
 _COMMAND_SECONDS = 60.0
+_GUARD = """read -r _
+for name in "$@"; do
+    ip netns pids "$name" | xargs -r kill -9
+    ip netns delete "$name"
+done 2>/dev/null"""
+"""Ends what runs in these namespaces and removes them, once its standard input ends."""
 _counter = itertools.count()
 
 
@@ -112,13 +118,14 @@ class FabricOfHosts:
         return Host(name=name, index=index, leaf=leaf, namespace=f"{self._prefix}-{name}", foreign=foreign)
 
     def __enter__(self) -> Self:
+        namespaces = [self.switches, *(host.namespace for host in self.all_hosts)]
         with contextlib.ExitStack() as stack:
             directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fabric-of-hosts-")))
             self.hosts_file = directory / "hosts"
             self.hosts_file.write_text(self._names())
-            for namespace in (self.switches, *(host.namespace for host in self.all_hosts)):
+            stack.enter_context(_removed_at_the_end(namespaces))
+            for namespace in namespaces:
                 run_command("ip", "netns", "add", namespace)
-                stack.callback(run_command, "ip", "netns", "delete", namespace)
             self._wire()
             self._cleanup = stack.pop_all()
         return self
@@ -216,3 +223,16 @@ class FabricOfHosts:
     @staticmethod
     def _batch(program: str, namespace: str, lines: Sequence[str]) -> None:
         run_command(program, "-n", namespace, "-batch", "-", stdin="\n".join(lines) + "\n")
+
+
+@contextlib.contextmanager
+def _removed_at_the_end(namespaces: Sequence[str]) -> Iterator[None]:
+    """Namespaces of these names are removed afterwards: by another process, so that they are even if this one is killed."""
+    command = ["sh", "-c", _GUARD, "guard", *namespaces]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as guard:
+        assert guard.stdin is not None
+        try:
+            yield
+        finally:
+            guard.stdin.close()
+            guard.wait(timeout=_COMMAND_SECONDS)

@@ -3,6 +3,9 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,24 @@ def test_what_was_made_is_removed_where_the_making_fails(monkeypatch: pytest.Mon
     with pytest.raises(RuntimeError, match="nonsense"):
         fabric.__enter__()
     assert fabric.switches not in namespaces()
+
+
+def test_all_is_removed_where_its_maker_is_killed() -> None:
+    program = """
+from tests.system.fabric.hosts import FabricOfHosts
+import signal
+with FabricOfHosts(hosts_per_leaf=1, foreign_per_leaf=0) as fabric:
+    print(fabric.switches, flush=True)
+    signal.pause()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as maker:
+        assert maker.stdout is not None
+        switches = maker.stdout.readline().strip()
+        assert switches in namespaces()
+        maker.kill()
+    deadline = time.monotonic() + 30.0
+    while switches in namespaces():
+        assert time.monotonic() < deadline, "it is still there"
 
 
 def look_around(rank: HostRank) -> dict[str, object]:
