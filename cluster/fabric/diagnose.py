@@ -7,18 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from .analysis.explain import Part
-from .analysis.judgement import Slow, judged
-from .analysis.sentences import names_in_words
-from .findings import Finding, Kind, Verdict
-from .probing import Fabric, StalledError, UnresponsiveError
-from .settings import DiagnosisSettings
-from .stages.competitors import competitors
-from .stages.computing import SlowCompute, slow_computing
-from .stages.confirm import Confirmation, Confirmed
-from .stages.queues import standing_queue
-from .stages.screen import screen
-from .stages.session import Session
+from cluster.fabric.analysis.explain import Part
+from cluster.fabric.analysis.judgement import Slow, judged
+from cluster.fabric.analysis.sentences import names_in_words
+from cluster.fabric.findings import Finding, Kind, Verdict
+from cluster.fabric.probing import Fabric, StalledError, UnresponsiveError
+from cluster.fabric.settings import DiagnosisSettings
+from cluster.fabric.stages.competitors import competitors
+from cluster.fabric.stages.computing import SlowCompute, slow_computing
+from cluster.fabric.stages.confirm import Confirmation, Confirmed
+from cluster.fabric.stages.queues import standing_queue
+from cluster.fabric.stages.screen import screen
+from cluster.fabric.stages.session import Session
+from cluster.fabric.wide.computing import slow_computing as slow_computing_of_many
+from cluster.fabric.wide.network import slow_network as slow_network_of_many
 
 MOST_IN_FULL = 64
 """Endpoints of which all pairs are measured; with more, pairs are drawn adaptively."""
@@ -52,21 +54,25 @@ def diagnose(fabric: Fabric, settings: DiagnosisSettings | None = None) -> Verdi
 
 
 def _computing(session: Session) -> list[Slow]:
+    if session.count > MOST_IN_FULL:
+        return slow_computing_of_many(session)
     return [_slow_compute(item) for item in slow_computing(session)]
 
 
 def _network(session: Session) -> list[Slow]:
     if session.count < 2:
         return []
-    suspected = [suspicion.part for suspicion in screen(session).suspicions]
+    if session.count > MOST_IN_FULL:
+        return slow_network_of_many(session)
+    suspected = screen(session).suspicions
     confirmed: list[Confirmed] = []
     tried: set[Part] = set()
     # A suspicion may prove wrong in a way that names a better one: a path whose sender is slow to others as well.
     while suspected:
-        tried |= set(suspected)
+        tried |= {suspicion.part for suspicion in suspected}
         confirmation = Confirmation(session, suspected)
         confirmed += [item for item in confirmation.run() if item.part not in {known.part for known in confirmed}]
-        suspected = [part for part in confirmation.spoilt_paths() if part not in tried]
+        suspected = tuple(item for item in confirmation.spoilt_paths() if item.part not in tried)
     return [_slow_part(session, item, confirmed) for item in confirmed]
 
 
@@ -94,13 +100,15 @@ def _slow_compute(item: SlowCompute) -> Slow:
 
 def _missing(session: Session, error: UnresponsiveError) -> Finding:
     hosts = _hosts_of(session, error.ranks)
-    ranks = "rank" if len(error.ranks) == 1 else "ranks"
-    numbers = ", ".join(map(str, error.ranks))
+    several = len(error.ranks) > 1
+    ranks = f"Rank{'s' * several} {names_in_words([str(rank) for rank in error.ranks])}"
+    named = f" ({names_in_words(hosts)})" if hosts else ""
+    verb = "answer" if several else "answers"
     return _broken(
         "missing_rank",
         hosts,
         error.ranks,
-        f"{names_in_words(hosts)} ({ranks} {numbers}) does not answer any more: it was gone or stopped during {error.during}.",
+        f"{ranks}{named} {verb} no more, found during {error.during}: gone, stopped, or cut off.",
         during=error.during,
     )
 
@@ -116,7 +124,7 @@ def _stalled(session: Session, error: StalledError) -> Finding:
         "transport_fault",
         hosts,
         ranks,
-        f"Transfers do not complete at {names_in_words(hosts)}: all ranks answer, and from rank {flows} nothing arrives.",
+        f"Transfers at {names_in_words(hosts)} do not complete: all ranks answer, but nothing arrives from rank {flows}.",
         during=error.during,
         flows=[list(flow) for flow in error.flows],
     )
@@ -127,9 +135,9 @@ def _broken(kind: Kind, hosts: tuple[str, ...], ranks: Sequence[int], said: str,
 
 
 def _hosts_of(session: Session, ranks: Sequence[int]) -> tuple[str, ...]:
-    """Of ranks that are endpoints; a rank that is none is named by its number."""
+    """Of ranks that are endpoints. The hosts of others are not known here."""
     names = {endpoint.rank: endpoint.host for endpoint in session.endpoints}
-    return tuple(dict.fromkeys(names.get(rank, f"rank {rank}") for rank in ranks))
+    return tuple(dict.fromkeys(names[rank] for rank in ranks if rank in names))
 
 
 def _beta(session: Session) -> float | None:

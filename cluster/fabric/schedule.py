@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from .probing import Flows
+from cluster.fabric.probing import Flows
 
 Pairs = NDArray[np.intp]
 """(P, 2): no endpoint is in two of them."""

@@ -25,7 +25,7 @@ class DiagnosisSettings:
     period of the scheduler's quotas (0.1 s by default), which slow down nothing that is shorter."""
     false_alarm_rate: float = 1e-3
     """Of one diagnosis of a fabric without a fault, as far as the statistics go."""
-    most_seconds: float = 25.0
+    most_seconds: float = 18.0
     """Repeats that would make a finding surer are left out after this long."""
     seed: int = 0
     """Of the order in which pairs are measured."""

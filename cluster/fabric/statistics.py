@@ -142,7 +142,8 @@ def contrast(values: ArrayLike, *, known_spread: float = 0.0, known_dof: float =
     Args:
         values: independent comparisons, such as differences of logarithms of suspect and control.
         known_spread: standard deviation of one value as known from elsewhere, since a few values may agree by chance.
-        known_dof: as how many values' worth that knowledge counts beside these.
+        known_dof: as how many values' worth that knowledge counts beside these. Where these vary more than all that, their
+            own spread counts alone.
 
     Sources: Yuen (1974), The two-sample trimmed t for unequal population variances, for the trimming; Smyth (2004), Linear
     models and empirical Bayes methods, equation 7, for the moderation.
@@ -160,7 +161,17 @@ def contrast(values: ArrayLike, *, known_spread: float = 0.0, known_dof: float =
     winsorised = np.clip(data, kept[0], kept[-1])
     own = float(np.var(winsorised, ddof=1)) * (count / kept.size) ** 2 if own_dof else 0.0
     variance = (own_dof * own + known_dof * known_spread**2) / dof
+    if own > variance and own_dof >= 3:
+        variance, dof = own, own_dof
     return Contrast(mean=float(kept.mean()), standard_error=math.sqrt(variance / count), dof=float(dof), count=count)
+
+
+def binomial_tail(successes: int, trials: int, probability: float) -> float:
+    """P(X >= successes) of `trials` with `probability` each."""
+    return math.fsum(
+        math.comb(trials, count) * probability**count * (1.0 - probability) ** (trials - count)
+        for count in range(successes, trials + 1)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..probing import Figures, Flows
-from ..statistics import robust_spread
-from .observations import Observations
+from cluster.fabric.analysis.observations import Observations
+from cluster.fabric.probing import Figures, Flows
+from cluster.fabric.statistics import robust_spread
 
 PartKind = Literal["sender", "receiver", "path", "uplink"]
 Mask = NDArray[np.bool_]
@@ -36,6 +36,10 @@ _PRICE_OF_A_LEVEL = 3.0
 """Of one more effect of an uplink, for another number of flows at once."""
 _EXHAUSTIVE = 10
 """Up to this many endpoints all ways to divide them in two are tried as groups with an uplink between them."""
+
+
+_PRICE_OF_MIXTURE = 10.0
+"""Of an uplink between groups that are no neighbours in the order of ranks, which launchers mostly give to neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,8 @@ class Suspicion:
     """Logarithm of the share of the healthy rate that is left where it is slowest; below zero."""
     worth: float
     """By how much it makes the measurements more likely, in logarithms, less its price."""
+    spread: float
+    """Standard deviation of the logarithm of a rate that it determines: foreign traffic and lost packets make rates erratic."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +139,24 @@ def explain(seen: Observations, *, leaves: Sequence[str | None], least_effect: f
     return best
 
 
+def _mixed(part: Part) -> bool:
+    """Whether neither of an uplink's groups is a stretch of the order of ranks."""
+    groups = (part.senders, part.receivers)
+    return part.kind == "uplink" and all(max(group) - min(group) >= len(group) for group in groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """One part, given the others' effects. Arrays (K,): one entry an observation."""
+
+    effects: Figures
+    ruled: Mask
+    """Where it is slower than the others."""
+    spread: float
+    strongest: float
+    worth: float
+
+
 class _Search:
     """Candidate parts, which observations each is passed by, and the greedy choice among them."""
 
@@ -147,7 +171,7 @@ class _Search:
         totals = {
             kind: sum(part.kind == kind for part in self.parts) for kind in ("sender", "receiver", "path", "uplink")
         }
-        self._price = [3.0 + math.log(totals[part.kind]) for part in self.parts]
+        self._price = [3.0 + math.log(totals[part.kind]) + _PRICE_OF_MIXTURE * _mixed(part) for part in self.parts]
         self._uplinks = np.array([part.kind == "uplink" for part in self.parts])
         self._sends = np.zeros((len(self.parts), count), dtype=bool)
         self._receives = np.zeros((len(self.parts), count), dtype=bool)
@@ -178,7 +202,8 @@ class _Search:
         nothing = np.zeros(self._logs.size)
         spreads = np.full(self._logs.size, self._noise)
         worths = [
-            (self._tried(index, nothing, spreads)[1], index) for index in self._likely(nothing, spreads, self._uplinks)
+            (self._tried(index, nothing, spreads).worth, index)
+            for index in self._likely(nothing, spreads, self._uplinks)
         ]
         return [index for worth, index in sorted(worths, reverse=True)[:most] if worth > 0]
 
@@ -191,26 +216,28 @@ class _Search:
         allowed = ~self._uplinks | bool(first)
         effects = np.zeros(self._logs.size)
         spreads = np.full(self._logs.size, self._noise)
-        chosen: list[tuple[int, float, float]] = []
+        chosen: list[tuple[int, _Trial]] = []
         queue = list(first)
         while len(chosen) < _MOST_PARTS:
             if queue:
                 index = queue.pop(0)
             else:
                 tries = [
-                    (self._tried(index, effects, spreads)[1], index)
+                    (self._tried(index, effects, spreads).worth, index)
                     for index in self._likely(effects, spreads, allowed)
                 ]
                 if not tries or max(tries)[0] <= 0:
                     break
                 index = max(tries)[1]
-            part_effects, worth, level = self._tried(index, effects, spreads)
-            chosen.append((index, level, worth))
-            ruled = part_effects < effects
-            effects = np.minimum(effects, part_effects)
-            if ruled.any():
-                spreads[ruled] = max(self._noise, robust_spread((self._logs - self._mu - effects)[ruled]))
-        suspicions = tuple(Suspicion(part=self.parts[i], effect=level, worth=worth) for i, level, worth in chosen)
+            trial = self._tried(index, effects, spreads)
+            if trial.worth == -math.inf:
+                break
+            effects, spreads = np.minimum(effects, trial.effects), np.where(trial.ruled, trial.spread, spreads)
+            chosen.append((index, trial))
+        suspicions = tuple(
+            Suspicion(part=self.parts[index], effect=trial.strongest, worth=trial.worth, spread=trial.spread)
+            for index, trial in chosen
+        )
         left = (self._logs - self._mu - effects) / spreads
         price = sum(self._price[index] for index, *_ in chosen)
         return Explanation(
@@ -219,8 +246,8 @@ class _Search:
             worth=-_loss(left) - float(np.log(spreads / self._noise).sum()) - price,
         )
 
-    def _tried(self, index: int, effects: Figures, spreads: Figures) -> tuple[Figures, float, float]:
-        """The part's effect on each observation, its worth given the others' effects, and its strongest effect."""
+    def _tried(self, index: int, effects: Figures, spreads: Figures) -> _Trial:
+        """What the part would explain, given the others' effects."""
         mask = self._sends[index, self._flows[:, 0]] & self._receives[index, self._flows[:, 1]]
         below = self._logs - self._mu
         part_effects = np.zeros_like(below)
@@ -237,11 +264,16 @@ class _Search:
             if effect < 0.6 * self._least:
                 part_effects[members] = effect
                 strongest, used, floor = min(strongest, effect), used + 1, effect
-        if not used:
-            return part_effects, -math.inf, 0.0
-        together = np.minimum(effects, part_effects)
-        gain = _loss((below - effects)[mask] / spreads[mask]) - _loss((below - together)[mask] / spreads[mask])
-        return part_effects, gain - self._price[index] - _PRICE_OF_A_LEVEL * (used - 1), strongest
+        ruled = part_effects < effects
+        left = below - np.minimum(effects, part_effects)
+        spread = max(self._noise, robust_spread(left[ruled])) if ruled.any() else self._noise
+        worth = -math.inf
+        if ruled.any():
+            # Its own spread, at the price that a wider distribution is lower everywhere: rates may be low and erratic.
+            before = _loss((below - effects)[ruled] / spreads[ruled]) + float(np.log(spreads[ruled]).sum())
+            after = _loss(left[ruled] / spread) + math.log(spread) * int(ruled.sum())
+            worth = before - after - self._price[index] - _PRICE_OF_A_LEVEL * (used - 1)
+        return _Trial(effects=part_effects, ruled=ruled, spread=spread, strongest=strongest, worth=worth)
 
     def _loads(self, mask: Mask) -> NDArray[np.intp]:
         """For each observation in the mask: how many flows of the same round are in it too."""

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..counters import cite, mean
-from ..findings import Finding, Kind
-from ..probing import Endpoint
-from .explain import Part
-from .sentences import sentence
+from cluster.fabric.analysis.explain import Part
+from cluster.fabric.analysis.sentences import sentence
+from cluster.fabric.counters import cite, mean
+from cluster.fabric.findings import Finding, Kind
+from cluster.fabric.probing import Endpoint
 
 _ONE_WAY = 0.4
 """A loss one way that is less than this share of the other way's is a side effect of it, such as lost acknowledgements."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..probing import Figures, Flows
-from ..statistics import noise_from_repeats
+from cluster.fabric.probing import Figures, Flows
+from cluster.fabric.statistics import noise_from_repeats
 
 LEAST_NOISE = 0.01
 """No measurement on a network repeats better than this, whatever a few repeats say."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..findings import Kind
+from cluster.fabric.findings import Kind
 
 
 def rate_in_words(bytes_per_s: float) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .confirm import Confirmed
-from .session import Session
+from cluster.fabric.stages.confirm import Confirmed
+from cluster.fabric.stages.session import Session
 
 _REPEATS = 3
 _SHARES = 0.08

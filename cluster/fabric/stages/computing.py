@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..probing import Figures
-from ..statistics import Contrast, contrast, noise_from_repeats, student_tail
-from .session import Session
+from cluster.fabric.probing import Figures
+from cluster.fabric.stages.session import Session
+from cluster.fabric.statistics import Contrast, contrast, noise_from_repeats, student_tail
 
 _PASSES = 3
-_CONTROLS = 3
-_LEAST_REPEATS, _MOST_REPEATS = 4, 14
+_CONTROLS = 2
+_LEAST_REPEATS, _MOST_REPEATS = 4, 12
 _FULL_MACHINE = 8
 _LEAST_NOISE = 0.005
 
@@ -78,7 +78,7 @@ def _confirmed(session: Session, suspects: list[int], above: Figures, noise: flo
             times[index].append(float(seconds))
         if repeat + 1 < _LEAST_REPEATS:
             continue
-        last = repeat + 1 == _MOST_REPEATS or not session.in_time
+        last = repeat + 1 == _MOST_REPEATS or not session.in_time()
         reference = np.median(np.log([times[index] for index in controls]), axis=0)
         for index in list(open_cases):
             loss = contrast(np.log(times[index]) - reference, known_spread=1.2 * noise, known_dof=4)

@@ -1,22 +1,32 @@
-"""Confirms suspicions by fresh comparisons: the suspect's flows, one way at a time, beside flows that nobody suspects.
+"""Confirms suspicions by fresh comparisons: the suspect's flows beside flows that nobody suspects.
 
-A comparison is a difference of logarithms within one round, so that what happens to the whole fabric or machine cancels. Flows
-run one way only: a slow sender's queue also delays the acknowledgements of what it receives.
+A comparison is a difference of logarithms within one round, so that what happens to the whole fabric or machine cancels. A host
+is compared while it sends and receives at once, as in training: lost packets show then, and hardly in one flow alone. Where
+one way looks like a side effect of the other (a slow link's queue delays acknowledgements as well), it is tried alone.
+
+Two tests accuse: that of the mean, and that of accidents: how often a flow is clearly slow, against how often unsuspected
+flows are. Lost packets leave most transfers alone and make a few very slow, which a mean of few values does not show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..analysis.explain import Part, receiver, sender, uplink
-from ..statistics import Contrast, contrast, student_tail
-from .session import Session
+from cluster.fabric.analysis.explain import Part, Suspicion, receiver, sender, uplink
+from cluster.fabric.stages.session import Session
+from cluster.fabric.statistics import Contrast, binomial_tail, contrast, student_tail
 
 _LEAST_REPEATS, _MOST_REPEATS = 4, 14
 _MOST_SUSPECT_HOSTS = 6
+_SIDE_EFFECT = 0.75
+"""A loss one way that is less than this share of the other way's may be a side effect, and is tried alone."""
+_SLOWEST = 5.0
+"""An accident counts as at most this many times slower in the mean time of a byte, lest one decide all."""
+_SHARE_OF_TIME = 0.65
+"""Of the time for repeats that the comparisons of network parts may use; the rest is for compute and for evidence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +57,20 @@ class _Case:
 class Confirmation:
     """The cases of one diagnosis. Sender and receiver of a host, and both ways of an uplink, are always tried together."""
 
-    def __init__(self, session: Session, suspected: Sequence[Part]) -> None:
+    def __init__(self, session: Session, suspicions: Sequence[Suspicion]) -> None:
         self._session = session
         self._noise = session.seen.noise()
-        self._suspected = list(suspected)
+        self._suspected = [suspicion.part for suspicion in suspicions]
+        self._spreads: Mapping[Part, float] = {suspicion.part: suspicion.spread for suspicion in suspicions}
+        self._accident = max(0.5 * session.settings.least_log_loss, 4.0 * self._noise)
+        self._accident_rate = self._usual_accidents()
         count = session.count
-        hosts = [part.host for part in suspected if part.kind in ("sender", "receiver")][:_MOST_SUSPECT_HOSTS]
+        hosts = [part.host for part in self._suspected if part.kind in ("sender", "receiver")][:_MOST_SUSPECT_HOSTS]
         self._hosts = list(dict.fromkeys(hosts))
         self._cases: dict[Part, _Case] = {}
         for host in self._hosts:
             self._open(sender(host, count), receiver(host, count))
-        for part in suspected:
+        for part in self._suspected:
             if part.kind == "path":
                 self._open(part)
             elif part.kind == "uplink":
@@ -72,36 +85,61 @@ class Confirmation:
         for part in parts:
             self._cases.setdefault(part, _Case(part=part))
 
+    def _usual_accidents(self) -> float:
+        """Probability that a flow that passes nothing suspected is clearly slow, from the screening; not underestimated."""
+        seen = self._session.seen
+        clear = ~np.any([part.passed_by(seen.flows) for part in self._suspected], axis=0)
+        logs = seen.log_rates[clear]
+        slow = int(np.sum(logs < np.median(logs) - self._accident)) if logs.size else 0
+        return (slow + 1) / (logs.size + 2)
+
     def run(self) -> list[Confirmed]:
         """Repeats until each case is decided, or time or patience is spent."""
         self._session.during = "the comparison of suspects"
         for repeat in range(_MOST_REPEATS):
-            self._host_rounds("sender")
-            self._host_rounds("receiver")
+            self._host_rounds()
             self._path_rounds()
             self._uplink_rounds()
             if repeat + 1 >= _LEAST_REPEATS:
                 self._decide()
-                if not self._open_cases() or not self._session.in_time:
+                if not self._open_cases() or not self._session.in_time(_SHARE_OF_TIME):
                     break
+        self._try_side_effects()
         self._session.read_counters()
         return [self._confirmed(case) for case in self._cases.values() if case.state == "slow"]
 
-    def spoilt_paths(self) -> list[Part]:
+    def _try_side_effects(self) -> None:
+        """The lesser loss of a host that is slow both ways, again, one way alone."""
+        count = self._session.count
+        for host in self._hosts:
+            both = [self._cases[sender(host, count)], self._cases[receiver(host, count)]]
+            if any(case.state != "slow" for case in both):
+                continue
+            weak, strong = sorted(both, key=lambda case: self._loss(case).mean)
+            if self._loss(weak).mean < _SIDE_EFFECT * self._loss(strong).mean:
+                self._cases[weak.part] = fresh = _Case(part=weak.part)
+                for _ in range(_LEAST_REPEATS):
+                    partner = self._partner(host, weak.part.kind, set())
+                    if partner is not None:
+                        self._compare([(host, partner) if weak.part.kind == "sender" else (partner, host)], [fresh])
+                self._decide()
+
+    def spoilt_paths(self) -> list[Suspicion]:
         """Senders and receivers that were slow in more than the one path that was suspected."""
-        return [
-            case.part
-            for siblings in self._siblings.values()
-            for case in siblings
-            if self._loss(case).mean > 0.5 * self._session.settings.least_log_loss
-            and self._loss(case).tail_beyond(0.0) < 0.01
-        ]
+        slow = []
+        for siblings in self._siblings.values():
+            for case in siblings:
+                loss = self._loss(case)
+                if loss.mean > 0.5 * self._session.settings.least_log_loss and loss.tail_beyond(0.0) < 0.01:
+                    slow.append(Suspicion(part=case.part, effect=-loss.mean, worth=0.0, spread=self._noise))
+        return slow
 
     def _open_cases(self) -> list[_Case]:
         return [case for case in self._cases.values() if case.state == "open"]
 
     def _loss(self, case: _Case) -> Contrast:
-        return contrast(case.losses, known_spread=1.2 * self._noise, known_dof=6)
+        spread = self._spreads.get(case.part, 0.0)
+        return contrast(case.losses, known_spread=max(1.2 * self._noise, spread), known_dof=8)
 
     def _decide(self) -> None:
         settings = self._session.settings
@@ -110,48 +148,68 @@ class Confirmation:
             loss = self._loss(case)
             if loss.count < _LEAST_REPEATS:
                 continue
-            tail = self._tail(case)
-            if loss.mean >= 0.9 * least and tail < settings.false_alarm_rate / len(self._cases):
+            if self._tail(case) < settings.false_alarm_rate / len(self._cases) and self._mean_loss(case) >= 0.9 * least:
                 case.state = "slow"
             elif student_tail((least - loss.mean) / loss.standard_error, loss.dof) < 0.02:
-                case.state = "well"
+                case.state = "well" if self._accidents(case) > 0.02 else case.state
+
+    def _mean_loss(self, case: _Case) -> float:
+        """Logarithm of the mean time of a byte over that of the controls: what a user waits, accidents included."""
+        slower = np.minimum(np.exp(np.array(case.losses)), _SLOWEST)
+        return max(self._loss(case).mean, float(np.log(slower.mean())))
+
+    def _accidents(self, case: _Case) -> float:
+        """Probability of so many clearly slow flows if the part were well. A path's two ends and an uplink's many mix more."""
+        if case.part.kind not in ("sender", "receiver"):
+            return 1.0
+        slow = int(np.sum(np.array(case.losses) > self._accident))
+        return binomial_tail(slow, len(case.losses), self._accident_rate)
 
     def _tail(self, case: _Case) -> float:
         """Of the part's own loss; of a path also that it is slower than its ends are elsewhere."""
         least = self._session.settings.least_log_loss
-        tail = self._loss(case).tail_beyond(0.4 * least)
+        tail = min(self._loss(case).tail_beyond(0.4 * least), self._accidents(case))
         for sibling in self._siblings.get(case.part, ()):
+            elsewhere = contrast(sibling.losses).mean if sibling.losses else 0.0
             paired = np.array(case.losses[: len(sibling.losses)]) - sibling.losses[: len(case.losses)]
-            more = contrast(paired, known_spread=1.7 * self._noise, known_dof=6)
-            tail = max(tail, more.tail_beyond(0.3 * least))
+            # Ends that are slow elsewhere are erratic as well: the path must stand out from that.
+            erratic = elsewhere > 0.5 * least
+            more = contrast(paired, known_spread=1.7 * self._noise, known_dof=0 if erratic else 6)
+            tail = max(tail, more.tail_beyond(max(least, 0.5 * elsewhere) if erratic else 0.3 * least))
         return tail
 
     def _confirmed(self, case: _Case) -> Confirmed:
         return Confirmed(
             part=case.part,
-            loss=self._loss(case),
+            loss=replace(self._loss(case), mean=self._mean_loss(case)),
             tail=self._tail(case),
             bytes_per_s=float(np.median(case.rates)),
             control_bytes_per_s=float(np.median(case.controls)),
         )
 
-    def _host_rounds(self, kind: str) -> None:
-        """Each suspect host with a partner, in as few rounds as it takes, beside control flows."""
-        cases = {case.part.host: case for case in self._open_cases() if case.part.kind == kind}
-        waiting = [int(host) for host in self._session.rng.permutation(list(cases))] if cases else []
+    def _host_rounds(self) -> None:
+        """Each suspect host sends to one and receives from another, in as few rounds as it takes, beside control flows."""
+        count = self._session.count
+        hosts = dict.fromkeys(case.part.host for case in self._open_cases() if case.part.kind in ("sender", "receiver"))
+        waiting = [int(host) for host in self._session.rng.permutation(list(hosts))] if hosts else []
         while waiting:
             flows: list[tuple[int, int]] = []
             roles: list[_Case] = []
+            taken: set[int] = set(waiting)
             for host in list(waiting):
-                partner = self._partner(host, kind, {end for flow in flows for end in flow} | set(waiting))
-                if partner is None and flows:
-                    continue
-                if partner is None:
-                    partner = next(other for other in range(self._session.count) if other != host)
-                flows.append((host, partner) if kind == "sender" else (partner, host))
-                roles.append(cases[host])
+                # Two are left for a control flow.
+                if flows and count - len({end for flow in flows for end in flow}) < 5:
+                    break
+                sink = self._partner(host, "sender", taken)
+                source = self._partner(host, "receiver", taken if sink is None else {*taken, sink})
+                if sink is not None:
+                    flows, roles = [*flows, (host, sink)], [*roles, self._cases[sender(host, count)]]
+                if source is not None:
+                    flows, roles = [*flows, (source, host)], [*roles, self._cases[receiver(host, count)]]
+                taken |= {end for end in (sink, source) if end is not None}
                 waiting.remove(host)
-            self._compare(flows, roles)
+            if flows:
+                self._compare(flows, roles)
 
     def _path_rounds(self) -> None:
         """Each suspect path; then, at once, its sender to another and another to its receiver."""
@@ -201,6 +259,8 @@ class Confirmation:
             # Too few endpoints for a control beside it: what the screening found healthy.
             reference = float(np.percentile(self._session.seen.log_rates, 75))
         for log, case in zip(logs, roles):
+            if case.state != "open":
+                continue
             case.losses.append(reference - float(log))
             case.rates.append(float(np.exp(log)))
             case.controls.append(float(np.exp(reference)))

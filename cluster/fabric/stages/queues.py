@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..analysis.explain import Part
-from ..statistics import contrast
-from .session import Session
+from cluster.fabric.analysis.explain import Part
+from cluster.fabric.stages.session import Session
+from cluster.fabric.statistics import contrast
 
 _REPEATS = 4
 _INFLATED = 0.7

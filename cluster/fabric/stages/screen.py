@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..analysis.explain import Explanation, explain
-from ..schedule import both_ways, circle_rounds, halving_rounds, renamed
-from .session import Session
+from cluster.fabric.analysis.explain import Explanation, explain
+from cluster.fabric.schedule import both_ways, circle_rounds, halving_rounds, renamed
+from cluster.fabric.stages.session import Session
 
 _REPEATS, _MOST_REPEATS = 3, 5
+_QUIET, _REPEATS_IN_QUIET = 0.025, 2
+"""Standard deviation of the logarithm of a rate below which two repeats show what three do."""
 _MANY, _REPEATS_OF_MANY = 16, 2
 """With more endpoints than this each row and column has so many pairs that fewer repeats suffice."""
 _NOISY = 0.08
@@ -25,7 +27,9 @@ def screen(session: Session) -> Explanation:
     session.restart_counters()
     repeats = _REPEATS if session.count <= _MANY else _REPEATS_OF_MANY
     for repeat in range(_MOST_REPEATS):
-        if repeat >= repeats and (session.seen.noise() < _NOISY or not session.in_time):
+        if repeat == _REPEATS_IN_QUIET and session.seen.noise() < _QUIET:
+            break
+        if repeat >= repeats and (session.seen.noise() < _NOISY or not session.in_time(0.5)):
             break
         # Pairs of one round share its accidents: another order mixes them anew.
         rounds = renamed(halving_rounds(session.count), order)

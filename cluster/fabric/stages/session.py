@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..analysis.observations import Observations
-from ..probing import Endpoint, Fabric, Figures, Flows
-from ..settings import DiagnosisSettings
+from cluster.fabric.analysis.observations import Observations
+from cluster.fabric.probing import Endpoint, Fabric, Figures, Flows
+from cluster.fabric.settings import DiagnosisSettings
 
 
 class Session:
@@ -30,10 +30,9 @@ class Session:
         self.during = "the start"
         self._growth: list[dict[str, float]] = [{} for _ in self.endpoints]
 
-    @property
-    def in_time(self) -> bool:
-        """Whether there is time for repeats."""
-        return self.fabric.seconds < self.settings.most_seconds
+    def in_time(self, share: float = 1.0) -> bool:
+        """Whether there is time for more repeats, if they may use this share of it."""
+        return self.fabric.seconds < share * self.settings.most_seconds
 
     def transfer(self, flows: Flows) -> Figures:
         """(F,) bytes a second of flows that run at once, at the size that `calibrate` chose."""
