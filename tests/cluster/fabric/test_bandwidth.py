@@ -15,6 +15,7 @@ from cluster.fabric.bandwidth import (
     message_steps,
     size_in_use,
 )
+from cluster.fabric.statistics import student_quantile
 
 ALPHA, BETA = 12e-6, 1 / 40e9
 SIZES = [4**power for power in range(5, 14)]
@@ -125,6 +126,23 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
             assert interval.high is not None
             held[name] += interval.low <= truth <= interval.high
     assert all(0.91 <= share / tries <= 0.98 for share in held.values()), held
+
+
+def test_the_interval_of_a_time_knows_that_alpha_and_beta_err_against_each_other() -> None:
+    """As wide as predictions really scatter: with independent errors it would be a tenth wider."""
+    rng = np.random.default_rng(1)
+    size, truth, found, reaches = 4 << 20, _time("all_reduce", 8, 4 << 20), [], []
+    for _ in range(600):
+        noisy = [_time("all_reduce", 8, each) * rng.lognormal(0, 0.05) for each in SIZES]
+        model = fit_alpha_beta("all_reduce", 8, SIZES, noisy)
+        assert model is not None
+        time = model.seconds(size)
+        assert time.reach is not None
+        found.append(time.value)
+        reaches.append(time.reach)
+    scatter = student_quantile(0.025, len(SIZES) - 2) * np.std(found)
+    assert np.mean(found) == pytest.approx(truth, rel=0.01)
+    assert np.sqrt(np.mean(np.square(reaches))) == pytest.approx(scatter, rel=0.06)
 
 
 def test_small_times_count_as_much_as_large_ones() -> None:
