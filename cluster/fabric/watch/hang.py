@@ -94,10 +94,20 @@ def _waits(states: Mapping[int, RankState], seconds: float) -> list[_Wait]:
     return found
 
 
+def _first(waits: Sequence[_Wait], states: Mapping[int, RankState]) -> _Wait:
+    """The wait that came first in the order of the program; among those that this cannot tell, the longest."""
+
+    def order(wait: _Wait) -> tuple[int, float]:
+        others = [states[other.rank] for other in waits if other.rank != wait.rank]
+        return sum(told.has_passed(other, wait.place) for other in others) if wait.place else 0, wait.seconds
+
+    return max(waits, key=order)
+
+
 def _gone(state: RankState, waits: Sequence[_Wait], states: Mapping[int, RankState]) -> Finding:
     missed = [wait for wait in waits if wait.place and state.rank in _absent(wait.place, states)]
     missed = missed or [wait for wait in waits if wait.place and state.rank in wait.place.group.ranks]
-    first = max(missed or waits, key=lambda wait: wait.seconds)
+    first = _first(missed or waits, states)
     return told.missing(state, first.place, first.seconds, sorted({wait.rank for wait in waits}))
 
 
@@ -175,7 +185,7 @@ def _missing(
     patience: Patience,
 ) -> tuple[Finding, ...]:
     waiters = sorted({wait.rank for wait in waits})
-    first = {rank: max(missed, key=lambda wait: wait.seconds) for rank, missed in sorted(late.items())}
+    first = {rank: _first(missed, states) for rank, missed in sorted(late.items())}
     return tuple(
         told.missing(states[rank], wait.place, wait.seconds, waiters)
         for rank, wait in first.items()
@@ -221,7 +231,7 @@ def _out_of_step(state: RankState, states: Mapping[int, RankState], waits: Seque
     at_break = [
         wait for wait in missed.values() if wait.place and (wait.place.group.name, wait.place.call.number) in skipped
     ]
-    first = max(at_break or missed.values(), key=lambda wait: wait.seconds)
+    first = _first(at_break or list(missed.values()), states)
     own = next((wait.place for wait in waits if wait.rank == state.rank and wait.place), None)
     assert first.place is not None
     return told.out_of_step(state, first.place, own, first.seconds, sorted(missed), is_known=bool(breaks))

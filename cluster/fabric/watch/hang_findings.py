@@ -78,8 +78,13 @@ def missing(state: RankState, place: Place | None, waited_s: float, waiting: Seq
 
 def died(state: RankState, others: Mapping[int, RankState]) -> Finding:
     """A rank whose process is gone, told before anybody has waited for it; `others` say what they called last."""
-    last = [place for other in others.values() if (place := _last_place(other)) and state.rank in place.group.ranks]
-    place = max(last, key=lambda each: each.call.age_s, default=None)
+    last = {rank: place for rank, other in others.items() if (place := _last_place(other))}
+    held = [rank for rank, place in last.items() if state.rank in place.group.ranks]
+
+    def order(rank: int) -> tuple[int, float]:
+        return sum(has_passed(others[other], last[rank]) for other in held if other != rank), last[rank].call.age_s
+
+    place = last[max(held, key=order)] if held else None
     seen = f", last seen at {state.place[0]}" if state.place else ""
     pending = f"; the others were in {place.text}" if place else ""
     return Finding(
@@ -90,6 +95,14 @@ def died(state: RankState, others: Mapping[int, RankState]) -> Finding:
         evidence={**(place.as_data() if place else {}), "state": state.life, "place": list(state.place)},
         sentence=f"{_name(state)} {_STATES[state.life]}{seen}{pending}.",
     )
+
+
+def has_passed(state: RankState, place: Place) -> bool:
+    """Whether a rank, in its own group of that axis, has already done what is done in `place`: it was due before."""
+    numbers = [
+        call.number for group in state.groups if group.axis == place.group.axis for call in group.calls if call.done
+    ]
+    return max(numbers, default=0) >= place.call.number
 
 
 def _last_place(state: RankState) -> Place | None:

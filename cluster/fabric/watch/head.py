@@ -78,6 +78,7 @@ class Head:
         self._asked_at = now - _ASK_AGAIN_SECONDS
         self._written_at = now - _WRITE_SECONDS
         self._told: set[tuple[Any, ...]] = set()
+        self._told_at: float | None = None
         self._death_seen = False
         self._deaths_told = False
         self._analysers: dict[str, HeadAnalyser] = {}
@@ -108,7 +109,7 @@ class Head:
         states = self._states(now)
         findings = [*self._first_deaths(states, now), *self._hangs(states, now)]
         for finding in findings:
-            self._tell(finding)
+            self._tell(finding, now)
         for name, analyser in list(self._analysers.items()):
             for finding in self._guarded(name, partial(analyser.tick, now)) or ():
                 self._records.append_finding(finding)
@@ -206,6 +207,9 @@ class Head:
         if any(rank.life == "ended" and rank.life_since < first - _SETTLE_SECONDS for rank in self._ranks.values()):
             self._records.append_event("ranks_gone", {"ranks": sorted(dead), "reason": "after others had ended"})
             return []
+        if self._told_at is not None and all(rank.quiet_since <= self._told_at for rank in self._ranks.values()):
+            self._records.append_event("ranks_gone", {"ranks": sorted(dead), "reason": "ended while the run hung"})
+            return []
         at_once = [number for number, rank in dead.items() if rank.life_since <= first + _SAME_MOMENT_SECONDS]
         if len(at_once) == len(self._ranks) > 1:
             self._records.append_event("ranks_gone", {"ranks": at_once, "reason": "all at once: the run was ended"})
@@ -233,13 +237,14 @@ class Head:
             if rank.life == "running" and now - rank.heard_at < _ASK_AGAIN_SECONDS
         )
 
-    def _tell(self, finding: Finding) -> None:
+    def _tell(self, finding: Finding, now: float) -> None:
         """Writes a finding down, once, and has all ranks say where they are."""
         place = (finding.evidence.get("group"), finding.evidence.get("number"))
         key = (finding.kind, finding.ranks, place)
         if key in self._told:
             return
         self._told.add(key)
+        self._told_at = now
         self._records.append_finding(finding)
         self._stacks()
 

@@ -27,6 +27,8 @@ from cluster.fabric.watch.starting import WatcherSettings, start_watcher
 from cluster.fabric.watch.state import pack_groups
 
 _PERIOD_SECONDS = 1.0
+_GREET_AGAIN_SECONDS = 0.1
+"""Until the host's watcher, which its first rank may still be starting, hears of this one."""
 _HELLO_PERIODS = 5
 """A watcher that has been started anew learns of its ranks again."""
 _END_SECONDS = 5.0
@@ -53,7 +55,6 @@ class Watch:
         self._closed = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._report, name="fabric-watch", daemon=True)
-        self._tell(self._hello)
         self._thread.start()
 
     def send(self, kind: str, payload: Mapping[str, Any]) -> bool:
@@ -82,9 +83,10 @@ class Watch:
         since = time.monotonic()
         position = Position(lines=(), waits=False, mark=0)
         period = 0
+        is_greeted = False
         while not self._end.is_set():
-            if period % _HELLO_PERIODS == 0:
-                self._tell(self._hello)
+            if not is_greeted or period % _HELLO_PERIODS == 0:
+                is_greeted = self._tell(self._hello)
             period += 1
             now, latest, before = time.monotonic(), flight.counters(), position
             if latest != counters:
@@ -102,7 +104,7 @@ class Watch:
                     "place": list(position.lines) if quiet_s > 0 else [],
                 }
             )
-            self._answer(_PERIOD_SECONDS)
+            self._answer(_PERIOD_SECONDS if is_greeted else _GREET_AGAIN_SECONDS)
 
     def _answer(self, seconds: float) -> None:
         """Hears the watcher for a while: it may ask for all calls."""

@@ -122,7 +122,7 @@ def pack_groups(groups: Sequence[GroupCalls]) -> list[dict[str, Any]]:
             "axis": group.axis,
             "ranks": pack_ranks(group.ranks),
             "calls": [
-                [call.number, call.text, call.digest, int(call.done), round(call.age_s, 2), call.peer]
+                [call.number, call.text, call.digest, int(call.done), round(call.age_s, 3), call.peer]
                 for call in group.calls
             ],
         }
