@@ -12,6 +12,7 @@ _PERIOD_US = 20_000
 """Short against what is timed, so that each measurement sees the share and not where in a period it began."""
 _WEIGHT_V1, _WEIGHT_V2 = 100_000, 10_000
 """It gets its share even on a busy machine: the fault is the quota, not the neighbours."""
+_ROUNDS = 20
 _ROOT = Path("/sys/fs/cgroup")
 _counter = itertools.count()
 
@@ -27,7 +28,7 @@ def compute_quota(process_id: int, keep: float) -> Iterator[None]:
     group = base / f"mega-{os.getpid()}-{next(_counter)}"
     quota = int(keep * _PERIOD_US)
     group.mkdir()
-    policies = {}
+    favoured = os.sched_getscheduler(process_id) == os.SCHED_RR
     try:
         if first:
             (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
@@ -36,18 +37,31 @@ def compute_quota(process_id: int, keep: float) -> Iterator[None]:
         else:
             (group / "cpu.max").write_text(f"{quota} {_PERIOD_US}")
             (group / "cpu.weight").write_text(str(_WEIGHT_V2))
-        policies = {thread: os.sched_getscheduler(thread) for thread in _threads(process_id)}
-        for thread in policies:
-            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+        _schedule_all_threads(process_id, os.SCHED_OTHER, 0)
         (group / "cgroup.procs").write_text(str(process_id))
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):  # it may have been killed in the meantime
             (base / "cgroup.procs").write_text(str(process_id))
-            favoured = os.SCHED_RR in policies.values()
-            for thread in _threads(process_id) if favoured else ():
-                os.sched_setscheduler(thread, os.SCHED_RR, os.sched_param(os.sched_get_priority_min(os.SCHED_RR)))
+        if favoured:
+            _schedule_all_threads(process_id, os.SCHED_RR, os.sched_get_priority_min(os.SCHED_RR))
         group.rmdir()
+
+
+def _schedule_all_threads(process_id: int, policy: int, priority: int) -> None:
+    """Until all have the policy: one may start another before its own is changed, and one may end meanwhile."""
+    for _ in range(_ROUNDS):
+        if all(_policy(thread) in (policy, None) for thread in _threads(process_id)):
+            return
+        for thread in _threads(process_id):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(thread, policy, os.sched_param(priority))
+
+
+def _policy(thread: int) -> int | None:
+    with contextlib.suppress(ProcessLookupError):
+        return os.sched_getscheduler(thread)
+    return None
 
 
 def _threads(process_id: int) -> list[int]:
