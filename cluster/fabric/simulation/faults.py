@@ -32,7 +32,7 @@ INJECTIONS: tuple[Injection, ...] = get_args(Injection)
 
 _BANDWIDTH_KEPT = (0.3, 0.8)
 _COMPUTE_KEPT = (0.4, 0.9)
-_CALLS_BEFORE_DEATH = 6
+_CALLS_BEFORE_DEATH = 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from ..analysis.judgement import Slow
-from ..probing import Figures
-from ..stages.session import Session
-from ..statistics import contrast, robust_spread, student_quantile
+from cluster.fabric.analysis.judgement import Slow
+from cluster.fabric.probing import Figures
+from cluster.fabric.stages.session import Session
+from cluster.fabric.statistics import contrast, robust_spread, student_quantile
 
 _LEAST_PASSES, _MOST_PASSES = 4, 6
 _MOST_ROUNDS = 12

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..probing import Figures, Flows
+from cluster.fabric.probing import Figures, Flows
 
 _FLOOR = -1.0
 """Logarithms of rates below this count as this: an outlier must not stand for many measurements."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..probing import Endpoint, Flows
+from cluster.fabric.probing import Endpoint, Flows
 
 Indices = NDArray[np.intp]
 Mask = NDArray[np.bool_]
@@ -28,11 +28,18 @@ class Layout:
     """(n,) number of each endpoint's leaf."""
     members: tuple[Indices, ...]
     """Endpoints of each leaf, by position."""
+    host_of: Indices
+    """(n,) number of each endpoint's host: two of one host reach one another without the network."""
 
     @property
     def num_leaves(self) -> int:
         """One where leaves are not known."""
         return len(self.members)
+
+    @property
+    def leaf_size(self) -> int:
+        """Endpoints under the median leaf."""
+        return int(np.median([len(members) for members in self.members]))
 
     def neighbours(self, shift: int) -> Flows:
         """Each endpoint sends to the one `shift` positions further under its leaf; it receives from one as well."""
@@ -48,7 +55,8 @@ class Layout:
             if most is not None:
                 positions = np.sort(rng.permutation(positions)[:most])
             parts.append(np.stack([senders[positions], receivers[positions]], axis=1))
-        return _joined(parts)
+        flows = _joined(parts)
+        return flows[self.host_of[flows[:, 0]] != self.host_of[flows[:, 1]]]
 
     def repairs(self, suspects: Indices, good: Mask, shift: int) -> Flows:
         """Each suspect sends to, and receives from, a good endpoint under its leaf; another one for another `shift`.
@@ -68,15 +76,18 @@ class Layout:
 
 def layout_of(endpoints: Sequence[Endpoint]) -> Layout:
     """Leaves in the order of their rail and of their first endpoint: neighbouring leaves have neighbouring numbers."""
+    host_of = np.unique([endpoint.host for endpoint in endpoints], return_inverse=True)[1]
     if any(endpoint.leaf is None for endpoint in endpoints):
-        return Layout(leaf_of=np.zeros(len(endpoints), dtype=np.intp), members=(np.arange(len(endpoints)),))
+        alone = np.zeros(len(endpoints), dtype=np.intp)
+        return Layout(leaf_of=alone, members=(np.arange(len(endpoints)),), host_of=host_of)
     first: dict[tuple[int, str | None], int] = {}
     for endpoint in endpoints:
         first.setdefault((endpoint.rail, endpoint.leaf), len(first))
     order = {leaf: number for number, (_, leaf) in enumerate(sorted(first, key=lambda key: (key[0], first[key])))}
     leaf_of = np.array([order[endpoint.leaf] for endpoint in endpoints], dtype=np.intp)
     ends = np.cumsum(np.bincount(leaf_of))[:-1]
-    return Layout(leaf_of=leaf_of, members=tuple(np.split(np.argsort(leaf_of, kind="stable"), ends)))
+    members = tuple(np.split(np.argsort(leaf_of, kind="stable"), ends))
+    return Layout(leaf_of=leaf_of, members=members, host_of=host_of)
 
 
 def without(flows: Flows, taken: Flows, good: Mask | None = None) -> Flows:

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from ..analysis.explain import Part, path, receiver, sender, uplink
-from ..analysis.judgement import Slow
-from ..probing import Figures, Flows
-from ..stages.session import Session
-from ..statistics import contrast
-from .layout import NO_FLOWS, without
-from .survey import WITHIN_ROUNDS, Survey
-from .suspicion import SuspectLeaf, suspect_leaves, suspect_paths
+from cluster.fabric.analysis.explain import Part, path, receiver, sender, uplink
+from cluster.fabric.analysis.judgement import Slow
+from cluster.fabric.probing import Figures, Flows
+from cluster.fabric.stages.session import Session
+from cluster.fabric.statistics import contrast
+from cluster.fabric.wide.layout import NO_FLOWS, without
+from cluster.fabric.wide.survey import WITHIN_ROUNDS, Survey
+from cluster.fabric.wide.suspicion import SuspectLeaf, suspect_leaves, suspect_paths
 
-CONFIRMING_ROUNDS = 2
+_LEAST_ROUNDS = 2
 _CERTAIN = 1.3
 """Times the smallest loss of interest that is named: among thousands of endpoints chance alone reaches that loss."""
 _FRESH, _SECOND_BEST = 1.2, 0.6
@@ -31,12 +31,17 @@ _MEETING_DENSITY = 1 / 1.4
 """Of their logarithms: anywhere between a tenth and three quarters lost."""
 _LEAST_RATIO = 6.0
 """Logarithm of the ratio of likelihoods that convicts a leaf."""
-_FLOWS_OF_A_LEAF = 6
+_LEAF_SHARE, _MOST_OF_A_LEAF = 0.2, 6
+"""Share of a suspect leaf's endpoints that send, or receive, in one round, and the most of them."""
+_LEAF_SAMPLES = 12
 _CONTROLS = 200
 
 
 def slow_network(session: Session) -> list[Slow]:
-    """Eight rounds, for any number of endpoints whose leaves are known; six where nothing is suspected."""
+    """Eight rounds, for any number of endpoints under leaves of 30 or more; six where nothing is suspected.
+
+    Where leaves are not known, one more for each doubling of the number, and senders and receivers alone are found.
+    """
     survey = Survey(session)
     survey.run()
     confirmation = Confirmation(survey)
@@ -51,6 +56,8 @@ class Confirmation:
         self._session = survey.session
         self._leaves: dict[SuspectLeaf, list[float]] = {suspect: [] for suspect in suspect_leaves(survey)}
         suspected = suspect_paths(survey, list(self._leaves))
+        share = int(_LEAF_SHARE * survey.layout.leaf_size)
+        self._flows_of_a_leaf = min(max(share, 2), _MOST_OF_A_LEAF)
         self._paths: dict[tuple[int, int], list[float]] = {pair: [] for pair in suspected}
 
     @property
@@ -61,7 +68,8 @@ class Confirmation:
     def run(self) -> list[Slow]:
         """What is slow, each part with its evidence."""
         self._session.during = "the comparison of suspects"
-        for number in range(CONFIRMING_ROUNDS):
+        rounds = math.ceil(_LEAF_SAMPLES / self._flows_of_a_leaf) if self._leaves else _LEAST_ROUNDS
+        for number in range(rounds):
             self._round(number)
         return [*self._slow_ends(), *self._slow_leaves(), *self._slow_paths()]
 
@@ -93,8 +101,9 @@ class Confirmation:
         busy = [set(taken[:, 0].tolist()), set(taken[:, 1].tolist())]
         for suspect in self._leaves:
             inside = [int(end) for end in rng.permutation(layout.members[suspect.leaf]) if self._survey.good[end]]
-            for end, leaf in zip(inside[:_FLOWS_OF_A_LEAF], rng.permutation(others)):
+            for end, leaf in zip(inside[: self._flows_of_a_leaf], rng.permutation(others)):
                 partners = (int(other) for other in rng.permutation(layout.members[leaf]) if self._survey.good[other])
+                partners = (other for other in partners if layout.host_of[other] != layout.host_of[end])
                 partner = next((other for other in partners if other not in busy[1 - suspect.side]), None)
                 if partner is None or end in busy[suspect.side]:
                     continue
@@ -123,7 +132,9 @@ class Confirmation:
                 inside = frozenset(self._survey.layout.members[suspect.leaf].tolist())
                 ends = (inside, everyone - inside)
                 part = uplink(*(ends if suspect.side == 0 else ends[::-1]))
-                said = f"slow with {_FLOWS_OF_A_LEAF} of our flows too, as it carries foreign traffic or lost cables"
+                said = (
+                    f"slow with {self._flows_of_a_leaf} of our flows too, as it carries foreign traffic or lost cables"
+                )
                 found.append(self._slow(part, np.array(logs), competitors="foreign", competitors_in_words=said))
         return found
 

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..probing import Figures, Flows
-from ..stages.session import Session
-from ..statistics import robust_spread
-from .evidence import Ends
-from .layout import NO_FLOWS, Indices, Layout, Mask, layout_of, without
+from cluster.fabric.probing import Figures, Flows
+from cluster.fabric.stages.session import Session
+from cluster.fabric.statistics import robust_spread
+from cluster.fabric.wide.evidence import Ends
+from cluster.fabric.wide.layout import NO_FLOWS, Indices, Layout, Mask, layout_of, without
 
 WITHIN_ROUNDS = 3
 ACROSS_ROUNDS = 3
-_HASHED_FLOWS = 8
-"""Flows a leaf sends out at once where flows may share a cable: most then run alone."""
-_COLLISION_FREE = math.log(0.8)
+_HASHED_SHARE = 0.25
+"""Of a leaf's endpoints that send out at once where flows may share a cable: most then run alone."""
+_COLLISION_FREE, _FREE_SHARE = math.log(0.8), 0.6
+"""Rate, against that under one leaf, that at least this share of flows reaches where tables keep all apart."""
 _FIRST_BYTES = 1 << 24
 """Enough for 0.3 ms at 400 Gbit/s: the first round counts, and shows how large the others should be."""
 _ALWAYS, _MOSTLY, _ON_AVERAGE = 0.7, 0.5, 1.0
 """Times the smallest loss of interest: whoever lost so much in every round is suspected, or in all but one and on average."""
 _MOST_SUSPECTS = 1 / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """A round from leaf to leaf."""
+
+    flows: Flows
+    logs: Figures
+    """Logarithms of rates, relative to the round's median."""
+    everyone: bool
+    """Whether all endpoints sent."""
 
 
 class Survey:
@@ -34,8 +47,7 @@ class Survey:
         """Under leaves: rounds of all, then those that pair suspects with good ones."""
         self.far = Ends(session.count)
         """From leaf to leaf, relative to the round's median."""
-        self.crossings: list[tuple[Flows, Figures]] = []
-        """Rounds from leaf to leaf: flows, and logarithms of their rates relative to the round's median."""
+        self.crossings: list[Crossing] = []
         self.collision_free = True
         """Whether flows from leaf to leaf ran as if alone when all ran at once."""
         self.level = 0.0
@@ -97,19 +109,25 @@ class Survey:
     def _across_leaves(self, number: int) -> None:
         """Shifts far apart, so that all levels are crossed. The first round shows whether flows share cables."""
         self.session.during = "transfers between leaves"
-        leaves = self.layout.num_leaves
-        shift = (leaves // 2, leaves // 3, leaves // 5 + 1)[number] % leaves or 1
-        most = None if number == 0 or self.collision_free else _HASHED_FLOWS
-        flows = self.layout.across(shift, most=most, rng=self.session.rng)
+        everyone = number == 0 or self.collision_free
+        flows = self._shifted(number, None if everyone else max(2, int(_HASHED_SHARE * self.layout.leaf_size)))
         if number == 0:
             logs = np.log(self.session.transfer(flows)) - self.level
-            self.collision_free = float(np.median(logs)) > _COLLISION_FREE
         else:
             flows, logs = self.measure_with_repairs(flows)
             self._suspect()
+        if everyone:
+            self.collision_free = float(np.quantile(logs, 1 - _FREE_SHARE)) > _COLLISION_FREE
         logs = logs - np.median(logs)
         self.far.add(flows, logs)
-        self.crossings.append((flows, logs))
+        self.crossings.append(Crossing(flows=flows, logs=logs, everyone=everyone))
+
+    def _shifted(self, number: int, most: int | None) -> Flows:
+        """A shift by about a half, a third or a fifth of all leaves: the one that leaves the fewest flows within a host."""
+        leaves = self.layout.num_leaves
+        about = (leaves // 2, leaves // 3, leaves // 5 + 1)[number]
+        shifts = {(about + more) % leaves or 1 for more in range(3)}
+        return max((self.layout.across(shift, most=most, rng=self.session.rng) for shift in sorted(shifts)), key=len)
 
     def measure_with_repairs(self, flows: Flows) -> tuple[Flows, Figures]:
         """One round of `flows` beside others that pair each suspect with good ones; those of `flows` that fitted in."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..probing import Figures, Flows
-from .evidence import Ends
-from .layout import Layout
-from .survey import Survey
+from cluster.fabric.probing import Figures, Flows
+from cluster.fabric.wide.evidence import Ends
+from cluster.fabric.wide.layout import Layout
+from cluster.fabric.wide.survey import Crossing, Survey
 
 _MOST_LEAVES, _MOST_PATHS = 6, 200
 _LEAST_Z = 2.0
@@ -29,7 +29,9 @@ class SuspectLeaf:
 
 def suspect_leaves(survey: Survey) -> list[SuspectLeaf]:
     """Leaves whose traffic is slower than the others': the median flow where flows run alone, ranks of sums where not."""
-    found = []
+    found: list[SuspectLeaf] = []
+    if not survey.crossings:
+        return found
     for side in (0, 1):
         scores = _medians(survey, side) if survey.collision_free else _z_values(survey, side)
         bound = 0.75 * survey.least if survey.collision_free else _LEAST_Z
@@ -44,9 +46,9 @@ def suspect_paths(survey: Survey, leaves: list[SuspectLeaf]) -> list[tuple[int, 
 
     Where flows share cables, slowness between leaves says nothing of a single path: none is suspected.
     """
-    if not survey.collision_free or not survey.crossings:
+    if not survey.collision_free:
         return []
-    crossings = [_apart_from(leaves, flows, logs, survey.layout) for flows, logs in survey.crossings]
+    crossings = [_apart_from(leaves, crossing, survey.layout) for crossing in survey.crossings]
     far = Ends(len(survey.good))
     for flows, logs in crossings:
         far.add(flows, logs)
@@ -61,17 +63,17 @@ def suspect_paths(survey: Survey, leaves: list[SuspectLeaf]) -> list[tuple[int, 
     return list(dict.fromkeys(pair for _, pair in sorted(found.values())))[:_MOST_PATHS]
 
 
-def _apart_from(leaves: list[SuspectLeaf], flows: Flows, logs: Figures, layout: Layout) -> tuple[Flows, Figures]:
+def _apart_from(leaves: list[SuspectLeaf], crossing: Crossing, layout: Layout) -> tuple[Flows, Figures]:
     """Flows that pass no suspect leaf in the direction that is suspected."""
-    kept = np.ones(len(flows), dtype=bool)
+    kept = np.ones(len(crossing.flows), dtype=bool)
     for suspect in leaves:
-        kept &= layout.leaf_of[flows[:, suspect.side]] != suspect.leaf
-    return flows[kept], logs[kept]
+        kept &= layout.leaf_of[crossing.flows[:, suspect.side]] != suspect.leaf
+    return crossing.flows[kept], crossing.logs[kept]
 
 
 def _medians(survey: Survey, side: int) -> Figures:
-    leaves = np.concatenate([survey.layout.leaf_of[flows[:, side]] for flows, _ in survey.crossings])
-    logs = np.concatenate([logs for _, logs in survey.crossings])
+    leaves = np.concatenate([survey.layout.leaf_of[crossing.flows[:, side]] for crossing in survey.crossings])
+    logs = np.concatenate([crossing.logs for crossing in survey.crossings])
     order = np.argsort(leaves, kind="stable")
     ends = np.cumsum(np.bincount(leaves, minlength=survey.layout.num_leaves))[:-1]
     return np.array([np.median(part) if len(part) else 0.0 for part in np.split(logs[order], ends)])
@@ -80,9 +82,9 @@ def _medians(survey: Survey, side: int) -> Figures:
 def _z_values(survey: Survey, side: int) -> Figures:
     """Sum over rounds of two scores: of the mean logarithm where all flows ran, of how many were fast where few did."""
     total = np.zeros(survey.layout.num_leaves)
-    for number, (flows, logs) in enumerate(survey.crossings):
-        values = np.maximum(logs, _FLOOR) if number == 0 else (logs > _FAST).astype(np.float64)
-        total += _standard_scores(values, survey.layout.leaf_of[flows[:, side]], survey.layout)
+    for crossing in survey.crossings:
+        values = np.maximum(crossing.logs, _FLOOR) if crossing.everyone else (crossing.logs > _FAST).astype(np.float64)
+        total += _standard_scores(values, survey.layout.leaf_of[crossing.flows[:, side]], survey.layout)
     return total / math.sqrt(len(survey.crossings))
 
 
