@@ -17,8 +17,9 @@ from cluster.fabric.measured.place import FabricPlace, MeasureOptions, machine_i
 from cluster.fabric.measured.torch_transport import TorchPlace, TorchTransport
 from cluster.fabric.measured.transport import CollectiveCall, Flow, Train, Transport, TransportStalledError
 
-_GOODBYE_S = 3.0
-"""How long a rank that is sent home, or lost rank 0, waits for its own last measurement to end."""
+_GOODBYE_S = 1.0
+"""How long rank 0 waits at the end for its own last measurement, which may hang. Others wait for its time-out: they have
+no verdict to give."""
 
 
 class Agent:
@@ -32,7 +33,7 @@ class Agent:
         self._transport: Transport | None = None
         self._snapshot: Snapshot | None = None
         self._failure: BaseException | None = None
-        self._line = Line(meeting.connection, self._hello(), silence_s=options.silence_s, on_end=self._interrupt)
+        self._line = Line(meeting.connection, self._hello(), silence_s=options.silence_s, interrupt=self._interrupt)
         self._thread = threading.Thread(target=self._serve, name="fabric-agent", daemon=True)
         self._thread.start()
 
@@ -40,13 +41,19 @@ class Agent:
         """Serves until rank 0 sends this rank home. Raises FabricError where rank 0 is lost or refuses this rank."""
         while not self._line.ended.wait(1.0) and self._thread.is_alive():
             pass
-        # What hangs in the transport is not waited for: the process can end without it.
-        self._thread.join(_GOODBYE_S)
-        self._line.close()
+        self.end()
         if self._failure is not None:
             raise self._failure
         if not self._line.stopped:
             raise FabricError(self._line.loss)
+
+    def end(self) -> None:
+        """Lets go of rank 0, once the last measurement has ended or its time is up."""
+        own_hub = self._meeting.hub is not None
+        self._thread.join(_GOODBYE_S if own_hub else self._options.round_timeout_s + _GOODBYE_S)
+        if self._thread.is_alive() and self._transport is not None:
+            self._transport.close(clean=False)
+        self._line.close()
 
     def _hello(self) -> Message:
         return {

@@ -38,7 +38,8 @@ class Peer:
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection = connection
-        self.heard = time.monotonic()
+        self.quiet_s = 0.0
+        """How long nothing has come, in time that this process itself ran."""
         self._sending = threading.Lock()
         self._rest = b""
 
@@ -52,12 +53,17 @@ class Peer:
         data = self.connection.recv(1 << 16)
         if not data:
             raise EOFError
-        self.heard = time.monotonic()
+        self.quiet_s = 0.0
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
             return [json.loads(line) for line in lines]
         except ValueError as error:  # whoever that is, it does not speak our language
             raise EOFError from error
+
+    def wait(self, passed_s: float) -> float:
+        """Adds to the time that nothing has come. A gap of more than two beats was this process's own: it was stopped."""
+        self.quiet_s += min(passed_s, 2 * _BEAT_S)
+        return self.quiet_s
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -137,8 +143,9 @@ class Hub:
                 raise UnresponsiveError(silent, during)
             return dict(self._replies)
 
-    def stop(self, *, clean: bool, timeout_s: float = 2.0) -> None:
+    def stop(self, *, clean: bool) -> None:
         """Sends all ranks home, gives those that are there a moment to say goodbye, and closes."""
+        timeout_s = 2.0 if clean else _SETTLE_S
         with self._changed:
             self._number += 1
             self._replies.clear()
@@ -155,22 +162,23 @@ class Hub:
         self._selector.close()
 
     def _listen(self) -> None:
-        beaten = time.monotonic()
+        beaten = looked = time.monotonic()
         while not self._ended:
+            before, looked = looked, time.monotonic()
+            for peer in self._peers.values():
+                peer.wait(looked - before)
             for key, _ in self._selector.select(_BEAT_S):
                 if key.fileobj is self._listener:
                     self._accept()
                 else:
                     self._read(key.data)
-            now = time.monotonic()
-            # All that had arrived is read by now: also after this process itself had to wait, nobody looks silent who is not.
             with self._changed:
-                silent = {rank for rank, peer in self._peers.items() if now - peer.heard > self._silence_s}
+                silent = {rank for rank, peer in self._peers.items() if peer.quiet_s > self._silence_s}
                 if not silent <= self._gone:
                     self._gone |= silent
                     self._changed.notify_all()
-            if now - beaten >= _BEAT_S:
-                beaten = now
+            if looked - beaten >= _BEAT_S:
+                beaten = looked
                 for rank in self._peers.keys() - self._gone:
                     self.tell(rank, {"alive": True})
 
@@ -220,15 +228,19 @@ class Hub:
 
 
 class Line:
-    """A rank's end of its connection to rank 0. `on_end` is called, in a thread, once nothing more will come."""
+    """A rank's end of its connection to rank 0.
+
+    `interrupt` is called, in a thread, when nothing more will come and the rank's last measurement may hang.
+    """
 
     def __init__(
-        self, connection: socket.socket, hello: Message, *, silence_s: float, on_end: Callable[[], None]
+        self, connection: socket.socket, hello: Message, *, silence_s: float, interrupt: Callable[[], None]
     ) -> None:
         self._rank = hello["rank"]
         self._patience_s = _PATIENCE_WITH_RANK_0 * silence_s
         self._peer = Peer(connection)
-        self._on_end = on_end
+        self._interrupt = interrupt
+        self._clean = False
         self._commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.ended = threading.Event()
         """Set when rank 0 has sent this rank home, or is gone."""
@@ -237,7 +249,8 @@ class Line:
         self.loss = ""
         """Why rank 0 is gone, for the user."""
         self._peer.send({"hello": hello})
-        threading.Thread(target=self._listen, name="fabric-line", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name="fabric-line", daemon=True)
+        self._thread.start()
 
     def next_command(self) -> Message:
         """The next command; waits for it. Raises FabricError when rank 0 is gone."""
@@ -252,27 +265,31 @@ class Line:
             self._peer.send({**message, "number": number, "rank": self._rank})
 
     def close(self) -> None:
+        """Hangs up."""
         self._peer.close()
+        self._thread.join(_SEND_S)
 
     def _listen(self) -> None:
-        beaten = time.monotonic()
+        beaten = looked = time.monotonic()
         selector = selectors.DefaultSelector()
         selector.register(self._peer.connection, selectors.EVENT_READ)
         while not self.ended.is_set():
+            before, looked = looked, time.monotonic()
+            self._peer.wait(looked - before)
             try:
                 if selector.select(_BEAT_S):
                     for message in self._peer.receive():
                         self._take(message)
-                now = time.monotonic()
-                if now - beaten >= _BEAT_S:
-                    beaten = now
+                if looked - beaten >= _BEAT_S:
+                    beaten = looked
                     self._peer.send({"alive": True})
-                if now - self._peer.heard > self._patience_s:
+                if self._peer.quiet_s > self._patience_s:
                     self._lose(f"rank 0 has given no sign of life for {self._patience_s:g} s")
             except (OSError, EOFError):
                 self._lose("rank 0 has ended, or its host cannot be reached any more")
         selector.close()
-        self._on_end()
+        if not self._clean:
+            self._interrupt()
 
     def _take(self, message: Message) -> None:
         if "refused" in message:
@@ -281,6 +298,7 @@ class Line:
             self._commands.put(message)
             if message["do"] == "stop":
                 self.stopped = True
+                self._clean = message["clean"]
                 self.ended.set()
 
     def _lose(self, reason: str) -> None:

@@ -258,4 +258,4 @@ def run_on_fabric(place: FabricPlace, options: MeasureOptions, work: Callable[[M
     finally:
         meeting.close()
         meeting.hub.stop(clean=fabric is not None and fabric.intact)
-        agent.join()
+        agent.end()

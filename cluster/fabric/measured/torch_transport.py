@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import statistics
 import threading
 import time
@@ -26,6 +27,9 @@ from cluster.fabric.measured.transport import (
     TransferOutcome,
     TransportStalledError,
 )
+
+_NEVER_SENT = 1 << 30
+"""A tag of no message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +102,24 @@ class TorchTransport:
         return CollectiveOutcome(seconds=seconds, correct=exchange.is_correct(deadline) if call.check else True)
 
     def abort(self) -> None:
-        """Makes whatever waits in another thread fail, where the backend can. Best effort."""
-        for group in list(self._groups.values()):
+        """Makes everything fail that waits in another thread. Ends this transport."""
+        for (_, ranks), group in list(self._groups.items()):
             with contextlib.suppress(RuntimeError):
-                group.abort()
+                if self.name == "nccl":
+                    group.abort()
+                elif len(ranks) > 1:
+                    # gloo has no abort: but where one wait's time is up, it fails all others of the group.
+                    neighbour = (ranks.index(self._place.rank) + 1) % len(ranks)
+                    group.recv([torch.empty(1)], neighbour, _NEVER_SENT).wait(timedelta(milliseconds=1))
 
     def close(self, *, clean: bool) -> None:
         """See `Transport.close`."""
         if not clean:
             self.abort()
+            for group in self._groups.values():
+                # A gloo group's end waits for what hangs in it, and what wakes while the interpreter ends kills the
+                # process: such a group is never ended.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         elif self.name == "nccl":
             for group in self._groups.values():
                 group.shutdown()
