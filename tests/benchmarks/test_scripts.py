@@ -75,6 +75,16 @@ def test_training_loop_on_two_ranks(toy: list[str]) -> None:
     assert result["largest_warmup_loss_difference"] == 0.0
 
 
+def test_fabric_monitor_computes_the_same_with_and_without(toy: list[str]) -> None:
+    corpus = [option for option in toy if option.startswith(("--corpus", "--cache"))]
+    size = ["--pairs=2", "--steps=12", "--seq-len=32", "--batch-size=8", "--vocab-size=280"]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    result = run_script("fabric_monitor.py", *size, *corpus, launcher=launcher)
+    assert result["ranks"] == 2
+    assert result["losses_equal"]
+    assert len(result["pairs"]) == 2
+
+
 def test_a_fast_loop_that_does_other_work_has_not_met_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from training_loop import is_met, largest_difference

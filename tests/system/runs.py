@@ -101,6 +101,15 @@ def descendants(launcher: int) -> list[psutil.Process]:
     return found
 
 
+def wait_until_gone(launcher: int, *, seconds: float = 20.0) -> list[psutil.Process]:
+    """What of a launcher's descendants is left after `seconds`: none, as a rule. The watcher of a run is the last to go, once
+    it has seen the ends of its ranks."""
+    deadline = time.monotonic() + seconds
+    while (left := descendants(launcher)) and time.monotonic() < deadline:
+        psutil.wait_procs(left, timeout=1.0)
+    return left
+
+
 def ranks_of(process: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
     """The processes of the ranks, by rank."""
     children = {child.pid for child in psutil.Process(process.pid).children()}

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.megamodel.train.jobs import write_corpus
-from tests.system.runs import Run, descendants, ranks_of
+from tests.system.runs import Run, ranks_of, wait_until_gone
 
 STEPS = 60
 CONFIG = """
@@ -67,6 +67,7 @@ def test_kill_9_of_a_rank_then_the_same_command(undisturbed: Run, rank: int, aft
         # No orphan steps on.
         _, alive = psutil.wait_procs(list(members.values()), timeout=10)
         assert not alive
+        assert not wait_until_gone(process.pid)
     assert f"rank {rank}" in run.said
     assert "SIGKILL" in run.said
     assert len(run.figures()) < STEPS
@@ -85,6 +86,6 @@ def test_kill_9_of_the_launcher_leaves_no_rank(undisturbed: Run) -> None:
         process.wait(timeout=10)
         _, alive = psutil.wait_procs(list(members.values()), timeout=10)
         assert not alive
-        assert not descendants(process.pid)
+        assert not wait_until_gone(process.pid)
     run.finish()
     assert run.figures() == undisturbed.figures()

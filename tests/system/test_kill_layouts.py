@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.requirements import requires
-from tests.system.runs import Run, descendants, ranks_of
+from tests.system.runs import Run, ranks_of, wait_until_gone
 
 CONFIG = Path(__file__).parents[2] / "configs" / "parity.toml"
 RANKS = 4
@@ -59,15 +59,16 @@ def test_kill_9_of_a_rank_under_every_style(undisturbed: Run, style: str) -> Non
     run = _run(undisturbed.root, style, RANKS, *parallel)
     with run.started() as process:
         run.wait_until(process, lambda: bool(run.steps_of("checkpoint")))
-        everyone = descendants(process.pid)
         ranks = ranks_of(process)
         assert sorted(ranks) == list(range(RANKS))
         ranks[victim].send_signal(signal.SIGKILL)
         killed_at = time.monotonic()
         assert process.wait(timeout=CLEAR_END_SECONDS) == 1, run.said
-        _, alive = psutil.wait_procs(everyone, timeout=max(0.0, killed_at + CLEAR_END_SECONDS - time.monotonic()))
+        _, alive = psutil.wait_procs(
+            list(ranks.values()), timeout=max(0.0, killed_at + CLEAR_END_SECONDS - time.monotonic())
+        )
         assert not alive
-        assert not descendants(process.pid)
+        assert not wait_until_gone(process.pid)
     _assert_one_clear_cause(run.said, victim)
     assert len(run.figures()) < len(undisturbed.figures())
     run.finish()
