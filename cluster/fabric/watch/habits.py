@@ -58,5 +58,6 @@ def _break(calls: Sequence[HabitualCall], *, due: int, at: int) -> Break:
         due=missed.text,
         due_digest=missed.digest,
         came=came.text if came.group == missed.group else f"{came.text} on {came.axis}",
+        is_skip=calls[due + 1]._token == came._token,
         calls_ago=len(calls) - 1 - at,
     )

@@ -20,6 +20,8 @@ from cluster.fabric.watch.waits_for import roots
 
 _WORKING_FACTOR = 8.0
 """A rank that works may take so much longer than one that does nothing: a validation, a checkpoint, a compiler."""
+_ALMOST_SHARE = 0.75
+"""Of `hang_seconds`: a rank tells once a second since when it waits."""
 _TRANSPORT_FACTOR = 4.0
 """A transfer may rightly take long, and nothing tells one that crawls from one that stands."""
 _USUAL_MARGIN = 1.5
@@ -64,9 +66,10 @@ def find_hangs(states: Mapping[int, RankState], patience: Patience) -> tuple[Fin
 
     Deaths are not told here, unless somebody waits: a run that was ended leaves dead ranks, too.
     """
-    waits = _waits(states, patience.hang_seconds)
-    if not waits:
+    if not _waits(states, patience.hang_seconds):
         return ()
+    # Those who began to wait a little later show where the run first stood still.
+    waits = _waits(states, _ALMOST_SHARE * patience.hang_seconds)
     gone = [state for state in states.values() if state.life in ("dead", "stopped", "silent", "unreachable")]
     if gone:
         return tuple(_gone(state, waits, states) for state in sorted(gone, key=lambda state: state.rank))
@@ -139,8 +142,16 @@ def _mismatches(states: Mapping[int, RankState], waits: Sequence[_Wait]) -> tupl
             is_open = not all(call.done for call in calls.values())
             if is_open and len({call.digest for call in calls.values()}) > 1:
                 blamed = _blame_for_mismatch({rank: call.digest for rank, call in calls.items()}, states)
+                skipped = [
+                    rank
+                    for rank in blamed
+                    for each in own_breaks(states[rank], states)
+                    if each.is_skip and (each.group, each.number) == (place.group.name, number)
+                ]
                 members = [states[rank] for rank in blamed]
-                found[place.group.name] = told.mismatch(members, place.group, number, calls, wait.seconds)
+                found[place.group.name] = told.mismatch(
+                    members, place.group, number, calls, wait.seconds, skipped=skipped
+                )
                 break
     return tuple(found.values())
 
@@ -189,7 +200,7 @@ def _missing(
     return tuple(
         told.missing(states[rank], wait.place, wait.seconds, waiters)
         for rank, wait in first.items()
-        if wait.seconds >= patience.of(states[rank])
+        if max(each.seconds for each in late[rank]) >= patience.of(states[rank])
     )
 
 

@@ -137,9 +137,15 @@ def out_of_step(
 
 
 def mismatch(
-    blamed: Sequence[RankState], group: GroupCalls, number: int, calls: Mapping[int, Call], waited_s: float
+    blamed: Sequence[RankState],
+    group: GroupCalls,
+    number: int,
+    calls: Mapping[int, Call],
+    waited_s: float,
+    *,
+    skipped: Sequence[int],
 ) -> Finding:
-    """Ranks that called something else under the same number."""
+    """Ranks that called something else under the same number; those in `skipped` called what was due after it."""
     by_text: dict[str, list[int]] = {}
     for rank, call in calls.items():
         by_text.setdefault(call.text, []).append(rank)
@@ -147,7 +153,9 @@ def mismatch(
     is_clear = len(named) < len(calls)
     called = "; ".join(f"{ranks_text(ranks)} called {text}" for text, ranks in by_text.items())
     who = " and ".join(_name(state) for state in blamed)
-    verb = "differs" if len(blamed) == 1 else "differ"
+    verb = "differs in" if len(blamed) == 1 else "differ in"
+    if skipped and set(skipped) == named:
+        verb = "skipped"
     return Finding(
         kind="mismatched_collective",
         hosts=tuple(dict.fromkeys(state.host for state in blamed)),
@@ -159,10 +167,11 @@ def mismatch(
             "group_ranks": list(group.ranks),
             "number": number,
             "calls": {str(rank): call.text for rank, call in calls.items()},
+            "skipped": list(skipped),
             "waited_s": round(waited_s, 1),
             "place": [line for state in blamed for line in state.place[:1]],
         },
-        sentence=f"{who} {verb} in collective {number} on {group.axis}: {called}.",
+        sentence=f"{who} {verb} collective {number} on {group.axis}: {called}.",
     )
 
 

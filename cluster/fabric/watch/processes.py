@@ -35,8 +35,8 @@ class Usage:
     switches: int
     """Times that the main thread has given up its core by itself."""
     stopped: bool
-    in_disk_wait: bool
-    """The main thread waits for a disk or a network file system."""
+    is_at_it: bool
+    """The main thread runs, or would on a machine less crowded, or waits for a disk or a network file system."""
 
 
 def identify(pid: int) -> ProcessId | None:
@@ -75,7 +75,7 @@ def usages(processes: list[ProcessId]) -> dict[ProcessId, Usage]:
                 io_bytes=sum(_io_bytes(pid) for pid in family),
                 switches=_switches(process.pid),
                 stopped=fields[_STATE] in "Tt",
-                in_disk_wait=fields[_STATE] == "D",
+                is_at_it=fields[_STATE] in "RD",
             )
     return found
 
@@ -83,7 +83,7 @@ def usages(processes: list[ProcessId]) -> dict[ProcessId, Usage]:
 def is_working(before: Usage, after: Usage, seconds: float) -> bool:
     """Whether a rank did anything in the `seconds` between two looks."""
     return (
-        after.in_disk_wait
+        after.is_at_it
         or after.cpu_s - before.cpu_s > _WORKING_SHARE * seconds
         or after.io_bytes - before.io_bytes > _WORKING_BYTES_PER_S * seconds
         or after.switches - before.switches > _WORKING_SWITCHES_PER_S * seconds

@@ -68,6 +68,8 @@ class Break:
     due_digest: str
     came: str
     """What came instead, by `Call.text`, with the axis where that is another."""
+    is_skip: bool
+    """What came is what used to come after the one that was due."""
     calls_ago: int
     """0: it is the last call."""
 

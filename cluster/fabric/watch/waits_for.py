@@ -49,7 +49,8 @@ def _search(
         if path:
             low[path[-1][0]] = min(low[path[-1][0]], low[node])
         if low[node] == order[node]:
-            at = open_nodes.index(node)
-            component.update(dict.fromkeys(open_nodes[at:], len(components)))
-            components.append(open_nodes[at:])
-            del open_nodes[at:]
+            members = [open_nodes.pop()]
+            while members[-1] != node:
+                members.append(open_nodes.pop())
+            component.update(dict.fromkeys(members, len(components)))
+            components.append(members)
