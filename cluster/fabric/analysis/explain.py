@@ -31,6 +31,8 @@ Mask = NDArray[np.bool_]
 _HEALTHY_QUANTILE = 75
 """Percentile of rates taken as healthy at first: an uplink congested both ways slows more than half of all pairs."""
 _MOST_TRIALS = 60
+_FEWEST_FOR_A_SPREAD = 6
+"""Measurements from which on a part's own spread is estimated; of fewer it would mostly be chance."""
 _MOST_PARTS = 6
 _PRICE_OF_A_LEVEL = 3.0
 """Of one more effect of an uplink, for another number of flows at once."""
@@ -266,7 +268,8 @@ class _Search:
                 strongest, used, floor = min(strongest, effect), used + 1, effect
         ruled = part_effects < effects
         left = below - np.minimum(effects, part_effects)
-        spread = max(self._noise, robust_spread(left[ruled])) if ruled.any() else self._noise
+        few = int(ruled.sum()) < _FEWEST_FOR_A_SPREAD
+        spread = self._noise if few else max(self._noise, robust_spread(left[ruled]))
         worth = -math.inf
         if ruled.any():
             # Its own spread, at the price that a wider distribution is lower everywhere: rates may be low and erratic.

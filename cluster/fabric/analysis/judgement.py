@@ -145,7 +145,8 @@ def _without_explained(drafts: Sequence[_Draft]) -> list[_Draft]:
         cause = computing.get(draft.endpoints[0]) if draft.kind.startswith("slow_") else None
         if cause is None or cause is draft or draft.log_loss > 1.5 * cause.log_loss + 0.1:
             kept.append(draft)
-    return sorted(kept, key=lambda draft: (draft.tail > 1e-6, -draft.log_loss))
+    # Of equally certain ones first what slows more pairs, then what slows them more.
+    return sorted(kept, key=lambda draft: (draft.tail > 1e-6, draft.kind == "bad_path", -draft.log_loss))
 
 
 def _finding(draft: _Draft, endpoints: Sequence[Endpoint], growth: Sequence[Mapping[str, float]]) -> Finding:

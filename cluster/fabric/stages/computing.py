@@ -12,7 +12,7 @@ from cluster.fabric.probing import Figures
 from cluster.fabric.stages.session import Session
 from cluster.fabric.statistics import Contrast, contrast, noise_from_repeats, student_tail
 
-_PASSES = 3
+_PASSES = 2
 _CONTROLS = 2
 _LEAST_REPEATS, _MOST_REPEATS = 4, 12
 _FULL_MACHINE = 8
@@ -40,8 +40,8 @@ def slow_computing(session: Session, *, most_endpoints: int | None = None) -> li
     machines = Counter(endpoint.machine for endpoint in session.endpoints)
     work_s = session.settings.work_s * min(1.0, _FULL_MACHINE / max(machines.values()))
     logs = np.stack([np.log(session.compute(everyone, work_s=work_s)) for _ in range(_PASSES)])
-    # What disturbs compute makes it longer, never shorter: the faster repeats are the better ones.
-    levels = np.sort(logs, axis=0)[: _PASSES // 2 + 1].mean(axis=0)
+    # What disturbs compute makes it longer, never shorter: the fastest repeat is the best one.
+    levels = logs.min(axis=0)
     session.compute_s = np.exp(levels)
     if session.count < 2:
         return []
@@ -49,7 +49,6 @@ def slow_computing(session: Session, *, most_endpoints: int | None = None) -> li
     least = math.log1p(session.settings.least_compute_loss)
     above = levels - np.median(levels)
     suspects = [int(index) for index in np.flatnonzero(above > max(0.5 * least, 1.2 * noise / math.sqrt(_PASSES)))]
-    suspects += [int(index) for index in np.flatnonzero(above > 2 * least) if index not in suspects]
     suspects = sorted(suspects, key=lambda index: -above[index])[: max(session.count // 2, 1)]
     if not suspects:
         return []

@@ -25,6 +25,8 @@ _SIDE_EFFECT = 0.75
 """A loss one way that is less than this share of the other way's may be a side effect, and is tried alone."""
 _SLOWEST = 5.0
 """An accident counts as at most this many times slower in the mean time of a byte, lest one decide all."""
+_FASTEST = 1.2
+"""Faster than this a flow only seems: its first bytes came late."""
 _SHARE_OF_TIME = 0.65
 """Of the time for repeats that the comparisons of network parts may use; the rest is for compute and for evidence."""
 
@@ -155,7 +157,7 @@ class Confirmation:
 
     def _mean_loss(self, case: _Case) -> float:
         """Logarithm of the mean time of a byte over that of the controls: what a user waits, accidents included."""
-        slower = np.minimum(np.exp(np.array(case.losses)), _SLOWEST)
+        slower = np.clip(np.exp(np.array(case.losses)), 1 / _FASTEST, _SLOWEST)
         return max(self._loss(case).mean, float(np.log(slower.mean())))
 
     def _accidents(self, case: _Case) -> float:
@@ -172,10 +174,10 @@ class Confirmation:
         for sibling in self._siblings.get(case.part, ()):
             elsewhere = contrast(sibling.losses).mean if sibling.losses else 0.0
             paired = np.array(case.losses[: len(sibling.losses)]) - sibling.losses[: len(case.losses)]
-            # Ends that are slow elsewhere are erratic as well: the path must stand out from that.
+            # Into a contended link each connection keeps its own share: the path must stand out from all of that.
             erratic = elsewhere > 0.5 * least
             more = contrast(paired, known_spread=1.7 * self._noise, known_dof=0 if erratic else 6)
-            tail = max(tail, more.tail_beyond(max(least, 0.5 * elsewhere) if erratic else 0.3 * least))
+            tail = max(tail, more.tail_beyond(max(least, elsewhere) if erratic else 0.3 * least))
         return tail
 
     def _confirmed(self, case: _Case) -> Confirmed:
