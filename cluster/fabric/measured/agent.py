@@ -42,18 +42,18 @@ class Agent:
         while not self._line.ended.wait(1.0) and self._thread.is_alive():
             pass
         self.end()
-        if self._failure is not None:
-            raise self._failure
         if not self._line.stopped:
             raise FabricError(self._line.loss)
 
     def end(self) -> None:
-        """Lets go of rank 0, once the last measurement has ended or its time is up."""
+        """Lets go of rank 0, once the last measurement has ended or its time is up. Raises what no measurement may raise."""
         own_hub = self._meeting.hub is not None
         self._thread.join(_GOODBYE_S if own_hub else self._options.round_timeout_s + _GOODBYE_S)
         if self._thread.is_alive() and self._transport is not None:
             self._transport.close(clean=False)
         self._line.close()
+        if self._failure is not None:
+            raise self._failure
 
     def _hello(self) -> Message:
         return {
@@ -77,18 +77,18 @@ class Agent:
                     self._line.reply(command["number"], {})
                     return
                 self._line.reply(command["number"], self._measure(command))
-        except FabricError as error:
-            self._failure = error
+        except FabricError:  # rank 0 is lost; `join` says so
+            return
         except BaseException as error:  # a bug: the process must end with it, and rank 0 must not wait for this rank
             self._failure = error
             self._line.close()
 
     def _interrupt(self) -> None:
-        if isinstance(self._transport, TorchTransport):
+        if self._transport is not None:
             self._transport.abort()
 
     def _measure(self, command: Message) -> Message:
-        """The answer to a command: `stalled` says why there is none, `unfinished` which flows did not come through."""
+        """The answer to a command. `stalled` and `refused` say why there is none, `unfinished` which flows did not come."""
         try:
             if command["do"] == "open":
                 self._open(command)
@@ -102,6 +102,8 @@ class Agent:
             return self._communicate(command)
         except TransportStalledError as error:
             return {"stalled": str(error)}
+        except FabricError as error:
+            return {"refused": str(error)}
 
     def _communicate(self, command: Message) -> Message:
         assert self._transport is not None

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cluster.errors import FabricError
 from cluster.fabric.measured.agent import Agent
 from cluster.fabric.measured.control import Hub, Message
 from cluster.fabric.measured.meeting import meet
@@ -221,7 +222,10 @@ class MeasuredFabric:
 
 
 def _require_completion(commands: Mapping[int, Message], answers: Mapping[int, Message], during: str) -> None:
-    """Raises StalledError where a rank says that something did not come through."""
+    """Raises StalledError where a rank says that something did not come through, FabricError where it cannot be done."""
+    if refusals := {rank: answer["refused"] for rank, answer in answers.items() if "refused" in answer}:
+        rank, reason = next(iter(refusals.items()))
+        raise FabricError(f"rank {rank}: {reason}")
     flows = {(flow[1], flow[2]): None for rank in commands for flow in _unfinished(commands[rank], answers[rank])}
     reasons = {rank: answer["stalled"] for rank, answer in answers.items() if "stalled" in answer}
     if reasons and not flows:
@@ -244,7 +248,7 @@ def run_on_fabric(place: FabricPlace, options: MeasureOptions, work: Callable[[M
     Called once by every rank. `work` may diagnose as often as it likes: ranks serve until it returns. Where ranks have
     not come in `start_timeout_s`, `work` runs all the same, and its first measurement raises `UnresponsiveError` naming them.
     Raises FabricError on a rank that cannot reach rank 0 or loses it, that came too late, or that differs from rank 0
-    in versions or options.
+    in versions or options, and on rank 0 where ranks differ or a transport is not there.
     """
     meeting = meet(place, options)
     agent = Agent(meeting, place, options)

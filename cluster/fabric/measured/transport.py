@@ -86,6 +86,10 @@ class Transport(Protocol):
         """Runs it `warmup + iterations` times. Raises TransportStalledError."""
         ...
 
+    def abort(self) -> None:
+        """Makes what waits in another thread fail, as far as it can be done. Ends this transport."""
+        ...
+
     def close(self, *, clean: bool) -> None:
         """Lets go of everything; without `clean`, of nothing that may wait for a peer."""
         ...
