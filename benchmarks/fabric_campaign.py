@@ -134,6 +134,7 @@ def run_case(world: World, case: Case, measurements: Path | None) -> dict[str, A
     return {
         **record,
         "right": is_told(case.faults, findings),
+        "besides": sum(not any(fault.is_met_by(finding) for fault in case.faults) for finding in findings),
         "found": [finding.as_data() for finding in findings],
         "seconds": round(seconds, 2),
         "rounds": done["verdict"]["rounds"],
@@ -162,6 +163,7 @@ def summarise(records: list[dict[str, Any]], seed: int, seconds: float) -> dict[
         "summary": {
             **{f"{group} told right": f"{right[group]} of {len(groups[group])}" for group in right},
             **{f"  {fault}": f"{sum(told)} of {len(told)}" for fault, told in sorted(by_fault.items())},
+            "told right, with a wrong finding after": sum(r["right"] and r["besides"] > 0 for r in records),
             "seconds a diagnosis": f"{np.median(spent):.1f} (median), {longest:.1f} (longest)"
             if spent
             else "none ended",
