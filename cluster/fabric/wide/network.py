@@ -173,7 +173,7 @@ class Confirmation:
         enough = len(logs) >= _LEAST_SAMPLES and len(fresh) >= least_fresh
         return enough and bool(
             -logs.mean() >= _CERTAIN * least
-            and -np.median(logs) >= least
+            and -np.median(logs) >= _FRESH * least
             and -np.median(fresh) >= _FRESH * least
             and -np.sort(logs)[-2] >= _SECOND_BEST * least
         )
