@@ -1,0 +1,117 @@
+"""What the kernel tells of a process, and where the main thread of this one is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from cluster.fabric.watch.position import main_thread_position
+from cluster.fabric.watch.processes import ProcessId, Usage, identify, is_working, lives, this_process, usages
+
+IDLE = Usage(cpu_s=1.0, io_bytes=0, switches=0, stopped=False, is_at_it=False)
+
+
+def _wait_for(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # the kernel has no event for it
+
+
+def test_a_process_by_its_number_and_its_start() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    own = identify(child.pid)
+    assert own is not None
+    assert lives(own)
+    assert not lives(ProcessId(pid=child.pid, start_ticks=own.start_ticks - 1))
+    child.kill()
+    _wait_for(lambda: not lives(own))  # though nobody has asked after its end yet
+    child.wait()
+    assert identify(child.pid) is None
+    assert usages([own]) == {}
+
+
+def test_a_stopped_process_and_a_busy_child_of_a_child() -> None:
+    program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    child = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    try:
+        own = identify(child.pid)
+        assert own is not None
+        start = usages([own])[own]
+        _wait_for(lambda: is_working(replace(start, is_at_it=False), replace(usages([own])[own], is_at_it=False), 1.0))
+        os.kill(child.pid, signal.SIGSTOP)
+        _wait_for(lambda: usages([own])[own].stopped)
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+@pytest.mark.parametrize(
+    ("change", "works"),
+    [
+        ({}, False),
+        ({"cpu_s": 1.05}, False),
+        ({"cpu_s": 1.2}, True),
+        ({"io_bytes": 1_000_000}, True),
+        ({"switches": 10}, False),
+        ({"switches": 100}, True),
+        ({"is_at_it": True}, True),
+    ],
+)
+def test_what_counts_as_work(change: dict[str, float], works: bool) -> None:
+    assert is_working(IDLE, replace(IDLE, **change), 2.0) is works
+
+
+def test_this_process() -> None:
+    assert this_process().pid == os.getpid()
+
+
+def _seen_from_a_thread(act: Callable[[threading.Event], None]) -> list[object]:
+    """Positions of the main thread while it is in `act`, which ends when its event is set."""
+    end = threading.Event()
+    seen: list[object] = []
+
+    def look() -> None:
+        time.sleep(0.3)
+        seen.append(main_thread_position())
+        end.set()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    act(end)
+    thread.join()
+    return seen
+
+
+def test_a_main_thread_that_sleeps_waits_for_nobody() -> None:
+    def act(end: threading.Event) -> None:
+        while not end.is_set():
+            time.sleep(0.05)
+
+    (position,) = _seen_from_a_thread(act)
+    assert not position.waits
+    assert "time.sleep(0.05)" in position.lines[0]
+    assert "test_processes.py" in position.lines[0]
+
+
+def test_a_main_thread_in_the_wait_of_native_code_waits_for_others() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+
+    class Work:
+        wait = lock.acquire  # native code, as the wait of a communication is
+
+    def act(end: threading.Event) -> None:
+        threading.Timer(0.8, lock.release).start()
+        Work.wait()
+
+    (position,) = _seen_from_a_thread(act)
+    assert position.waits

@@ -1,0 +1,76 @@
+"""Words between the parts of a watch."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from cluster.fabric.watch.protocol import (
+    DATAGRAM_BYTES,
+    LineConnection,
+    Meeting,
+    local_socket,
+    receive_datagrams,
+    send_datagram,
+)
+
+TOKEN = "a" * 32
+
+
+def test_datagrams_reach_a_name_once_somebody_has_it() -> None:
+    name, own = f"\0mega-test-{os.getpid()}", f"\0mega-test-{os.getpid()}-own"
+    with local_socket(own) as sender:
+        assert not send_datagram(sender, name, TOKEN, {"t": "x"})
+        with local_socket(name) as receiver:
+            assert send_datagram(sender, name, TOKEN, {"t": "x", "n": 1})
+            assert send_datagram(sender, name, "another", {"t": "y"})
+            assert not send_datagram(sender, name, TOKEN, {"t": "z" * DATAGRAM_BYTES})
+            assert list(receive_datagrams(receiver, TOKEN)) == [{"t": "x", "n": 1}]
+            with pytest.raises(OSError, match="in use"):
+                local_socket(name)
+
+
+def _pair(token: str = TOKEN) -> tuple[LineConnection, LineConnection]:
+    here, there = socket.socketpair()
+    return LineConnection(here, TOKEN), LineConnection(there, token)
+
+
+def test_lines_arrive_whole_in_order() -> None:
+    here, there = _pair()
+    messages = [{"n": number, "text": "x" * 3000} for number in range(50)]
+    for message in messages:
+        here.put(message)
+    received: list[dict[str, object]] = []
+    while here.has_unsent or len(received) < 50:
+        here.flush()
+        received += there.messages()
+    assert received == messages
+    here.close()
+    with pytest.raises(ConnectionResetError):
+        list(there.messages())
+
+
+def test_a_word_without_the_token_ends_the_connection() -> None:
+    here, there = _pair(token="b" * 32)
+    here.put({"t": "ranks"})
+    here.flush()
+    with pytest.raises(ConnectionAbortedError):
+        list(there.messages())
+    here, there = _pair()
+    here.socket.send(b"GET / HTTP/1.1\r\n")
+    with pytest.raises(ConnectionAbortedError):
+        list(there.messages())
+
+
+def test_a_peer_that_takes_nothing_costs_no_end_of_memory() -> None:
+    here, _there = _pair()
+    for _ in range(100):
+        here.put({"text": "x" * 100_000})
+    assert len(here._unsent) <= 4_000_000
+
+
+def test_a_meeting_travels_as_text() -> None:
+    meeting = Meeting(address="fe80::1", port=4711, token=TOKEN)
+    assert Meeting.from_text(meeting.as_text()) == meeting
