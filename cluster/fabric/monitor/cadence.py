@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from statistics import median_high, median_low
 
 COST_SHARE = 0.0025
 """Of a step's time: what watching may cost, averaged over all steps."""
 _FIRST = 4
 _MOST = 512
-_SMOOTHING = 0.3
+_REMEMBERED = 5
 
 
 class Cadence:
@@ -21,24 +23,21 @@ class Cadence:
     def __init__(self, *, least_s: float) -> None:
         self.every = _FIRST
         self._least_s = least_s
-        self._cost_s: float | None = None
-        self._step_s: float | None = None
+        self._costs: deque[float] = deque(maxlen=_REMEMBERED)
+        self._steps: deque[float] = deque(maxlen=_REMEMBERED)
 
     def due(self, step: int) -> bool:
         """Whether to watch this step."""
         return step % self.every == 0
 
     def learn(self, *, cost_s: float, step_s: float) -> None:
-        """What watching a step has cost, and how long it took: more steps are left out at once, fewer only by and by."""
-        self._cost_s = _smoothed(self._cost_s, cost_s)
-        self._step_s = _smoothed(self._step_s, step_s)
-        wanted = max(self._cost_s / COST_SHARE, self._least_s) / max(self._step_s, 1e-6)
+        """What watching a step has cost, and how long it took: more steps are left out soon, fewer only by and by."""
+        self._costs.append(cost_s)
+        self._steps.append(step_s)
+        # Medians: one moment without a processor must not put the next look off for hundreds of steps.
+        wanted = max(median_low(self._costs) / COST_SHARE, self._least_s) / max(median_high(self._steps), 1e-6)
         power = 2 ** max(0, math.ceil(math.log2(wanted))) if wanted > 0 else 1
         if power > self.every:
-            self.every = min(power, _MOST)
+            self.every = min(power, 4 * self.every, _MOST)
         elif power <= self.every // 2 and wanted < 0.4 * self.every:  # not back and forth at the border
             self.every //= 2
-
-
-def _smoothed(before: float | None, value: float) -> float:
-    return value if before is None else before + _SMOOTHING * (value - before)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class CollectiveTap:
 
     def start(self) -> None:
         """From here on collectives are timed. Between steps, on the thread that trains."""
-        entered = perf_counter()
+        entered = thread_time()
         page = self._page = _Page()
         c10d = torch.library.Library("c10d", "IMPL")
         functional = torch.library.Library("_c10d_functional", "IMPL")
@@ -85,11 +85,11 @@ class CollectiveTap:
         functional.impl("wait_tensor", _timed_wait_tensor(page), _KEY, with_keyset=True)
         self._work_wait = dist.Work.wait
         setattr(dist.Work, "wait", _timed_wait(self._work_wait, page))  # noqa: B010 - mypy takes it for a final method
-        page.cost_s += perf_counter() - entered
+        page.cost_s += thread_time() - entered
 
     def stop(self) -> TappedStep:
         """Puts everything back as it was, and says what has been seen since `start`."""
-        entered = perf_counter()
+        entered = thread_time()
         page = self._page
         setattr(dist.Work, "wait", self._work_wait)  # noqa: B010
         for library in self._libraries:
@@ -97,7 +97,7 @@ class CollectiveTap:
         self._libraries = []
         page.works.clear()
         _count_unseen_waits(page)
-        page.cost_s += perf_counter() - entered
+        page.cost_s += thread_time() - entered
         return TappedStep(records=tuple(page.records), cost_s=page.cost_s)
 
 
@@ -112,7 +112,7 @@ def _timed(name: str, page: _Page) -> Callable[..., Any]:
     def call(keyset: Any, *args: Any) -> Any:
         started = perf_counter()
         result = operator.redispatch(keyset & below, *args)
-        returned = perf_counter()
+        returned = thread_time()  # not the wall's: on a busy machine others have their turn in between
         record = Record(
             group=dist.ProcessGroup.unbox(args[group_at]).group_name,
             kind=kind,
@@ -126,7 +126,7 @@ def _timed(name: str, page: _Page) -> Callable[..., Any]:
         for output in _tensors(args[0]):
             page.outputs[_storage_of(output)] = (id(work), record)
         _watch_end(work, record, page)
-        page.cost_s += perf_counter() - returned + _CALL_S
+        page.cost_s += thread_time() - returned + _CALL_S
         return result
 
     return call

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from cluster.config import FabricConfig
+from cluster.fabric.groups import world_group
 from megamodel.model.decoder import Decoder
 from megamodel.train.job import TrainingJob, TrainingResult
 from parallel.world import World
+from tests.cluster.fabric.collectives import FakeCollectives, swept
 from tests.gloo_pool import GlooPool
 from tests.megamodel.train.jobs import losses, prepared, small_job, train_job
 
@@ -74,6 +76,9 @@ def test_a_slow_rank_is_named_with_its_cost(gloo_ranks: GlooPool, tmp_path: Path
         checkpoint={"every_steps": 0},
         validation={"every_steps": 0},
     )
+    profile = tmp_path / "sweep.json"
+    profile.write_text(json.dumps(swept(FakeCollectives(), world_group(2)).as_data()))
+    job = replace(job, fabric=job.fabric.model_copy(update={"profile": str(profile)}))
     prepared(job)
     gloo_ranks(2, _train_with_a_slow_rank, job, timeout_s=180.0)
     windows = _lines(job.run_directory / "fabric" / "windows.jsonl")
@@ -88,6 +93,11 @@ def test_a_slow_rank_is_named_with_its_cost(gloo_ranks: GlooPool, tmp_path: Path
     assert found["sentence"].startswith(f"rank {SLOW_RANK} on ")
     events = _lines(job.run_directory / "events.jsonl")
     assert found["sentence"] in [event["sentence"] for event in events if event["event"] == "fabric_finding"]
+    (expected,) = [event for event in events if event["event"] == "communication_time"]
+    assert {(row["axis"], row["kind"]) for row in expected["rows"] if row["share"] is not None} >= {
+        ("world", "all_reduce")
+    }
+    assert expected["message"].startswith("communication of a step: ")
     scalars = b"".join(path.read_bytes() for path in (job.run_directory / "tensorboard").glob("*"))
     assert b"fabric/world/wait_s" in scalars
     assert b"fabric/late_s/rank-1" in scalars

@@ -19,7 +19,8 @@ def test_the_cost_stays_below_its_share(cost_s: float, step_s: float) -> None:
 def test_steps_of_the_rank_that_watches_least_are_watched_by_all() -> None:
     cadences = [Cadence(least_s=0.0) for _ in range(3)]
     for cadence, cost_s in zip(cadences, (0.001, 0.01, 0.03), strict=True):
-        cadence.learn(cost_s=cost_s, step_s=1.0)
+        for _ in range(5):
+            cadence.learn(cost_s=cost_s, step_s=1.0)
     most = max(cadence.every for cadence in cadences)
     assert most > min(cadence.every for cadence in cadences)
     assert all(cadence.due(step) for cadence in cadences for step in range(0, 1000, most))
@@ -27,5 +28,15 @@ def test_steps_of_the_rank_that_watches_least_are_watched_by_all() -> None:
 
 def test_short_steps_do_not_swamp_the_reader() -> None:
     cadence = Cadence(least_s=0.2)
-    cadence.learn(cost_s=0.0, step_s=0.01)
+    for _ in range(5):
+        cadence.learn(cost_s=0.0, step_s=0.01)
     assert cadence.every * 0.01 >= 0.2
+
+
+def test_one_bad_moment_does_not_blind_the_monitor() -> None:
+    cadence = Cadence(least_s=0.0)
+    cadence.learn(cost_s=5.0, step_s=0.5)
+    assert cadence.every <= 16
+    for _ in range(6):
+        cadence.learn(cost_s=0.001, step_s=0.5)
+    assert cadence.every <= 2
