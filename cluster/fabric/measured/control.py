@@ -56,9 +56,12 @@ class Peer:
         self.quiet_s = 0.0
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:  # whoever that is, it does not speak our language
+            messages = [json.loads(line) for line in lines]
+        except ValueError as error:
             raise EOFError from error
+        if not all(isinstance(message, dict) for message in messages):
+            raise EOFError  # whoever that is, it does not speak our language
+        return messages
 
     def wait(self, passed_s: float) -> float:
         """Adds to the time that nothing has come. A gap of more than two beats was this process's own: it was stopped."""
@@ -192,6 +195,7 @@ class Hub:
             messages = peer.receive()
         except (OSError, EOFError):
             self._selector.unregister(peer.connection)
+            peer.close()
             with self._changed:
                 self._gone |= {rank for rank, other in self._peers.items() if other is peer}
                 self._changed.notify_all()
