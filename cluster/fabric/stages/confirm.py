@@ -21,6 +21,9 @@ from cluster.fabric.statistics import Contrast, binomial_tail, contrast, student
 
 _LEAST_REPEATS, _MOST_REPEATS = 4, 14
 _MOST_SUSPECT_HOSTS = 6
+_EVIDENT, _TRUST = 10.0, 20.0
+"""A part whose suspicion made the screening more likely by this much (a logarithm) may be confirmed at a tail this many times
+as wide: the two are independent measurements."""
 _SIDE_EFFECT = 0.75
 """A loss one way that is less than this share of the other way's may be a side effect, and is tried alone."""
 _SLOWEST = 5.0
@@ -64,6 +67,7 @@ class Confirmation:
         self._noise = session.seen.noise()
         self._suspected = [suspicion.part for suspicion in suspicions]
         self._spreads: Mapping[Part, float] = {suspicion.part: suspicion.spread for suspicion in suspicions}
+        self._evident = {suspicion.part for suspicion in suspicions if suspicion.worth > _EVIDENT}
         self._accident = max(0.5 * session.settings.least_log_loss, 4.0 * self._noise)
         self._accident_rate = self._usual_accidents()
         count = session.count
@@ -150,7 +154,8 @@ class Confirmation:
             loss = self._loss(case)
             if loss.count < _LEAST_REPEATS:
                 continue
-            if self._tail(case) < settings.false_alarm_rate / len(self._cases) and self._mean_loss(case) >= 0.9 * least:
+            allowed = settings.false_alarm_rate * (_TRUST if case.part in self._evident else 1.0) / len(self._cases)
+            if self._tail(case) < allowed and self._mean_loss(case) >= 0.9 * least:
                 case.state = "slow"
             elif student_tail((least - loss.mean) / loss.standard_error, loss.dof) < 0.02:
                 case.state = "well" if self._accidents(case) > 0.02 else case.state
@@ -220,8 +225,10 @@ class Confirmation:
                 continue
             (source,), (sink,) = case.part.senders, case.part.receivers
             self._compare([(source, sink)], [case])
-            other = self._partner(source, "sender", {sink})
-            another = self._partner(sink, "receiver", {source, *([] if other is None else [other])})
+            # Across a congested uplink the flows to compare with cross it as well.
+            blocks = [part for part in self._suspected if part.kind == "uplink" and _passes(part, source, sink)]
+            other = self._partner(source, "sender", {sink}, blocks)
+            another = self._partner(sink, "receiver", {source, *([] if other is None else [other])}, blocks)
             out, into = self._siblings[case.part]
             flows = [(source, other)] if other is not None else []
             roles = [out] if other is not None else []
@@ -230,22 +237,23 @@ class Confirmation:
             if flows:
                 self._compare([(int(a), int(b)) for a, b in flows], roles)
 
-    def _partner(self, host: int, kind: str, taken: set[int]) -> int | None:
-        """Someone free for the other end of a flow that passes no other suspected part, if there is such a one."""
+    def _partner(self, host: int, kind: str, taken: set[int], within: Sequence[Part] = ()) -> int | None:
+        """Someone free for the other end of a flow that passes no other suspected part, if there is such a one.
+
+        within: uplinks that the flow shall pass instead of avoiding them.
+        """
         free = [int(other) for other in self._session.rng.permutation(self._session.count)]
         free = [other for other in free if other != host and other not in taken]
-        clean = [
-            other
-            for other in free
-            if not self._suspect((host, other) if kind == "sender" else (other, host), except_host=host)
-        ]
+        flows = {other: (host, other) if kind == "sender" else (other, host) for other in free}
+        inside = [other for other in free if within and all(_passes(part, *flows[other]) for part in within)]
+        clean = [other for other in free if not self._suspect(flows[other], except_host=host)]
         beyond = [other for other in free if other not in self._hosts]
-        return next(iter([*clean, *beyond, *free]), None)
+        return next(iter([*inside, *clean, *beyond, *free]), None)
 
     def _suspect(self, flow: tuple[int, int], *, except_host: int | None = None, besides: Part | None = None) -> bool:
         """Whether a flow passes a part that was suspected, other than those of `except_host` and than `besides`."""
         return any(
-            part.passed_by(np.array([flow]))[0]
+            _passes(part, *flow)
             for part in self._suspected
             if part != besides and (part.kind in ("path", "uplink") or part.host != except_host)
         )
@@ -300,3 +308,7 @@ class Confirmation:
         """Senders and receivers of an uplink, paired at random."""
         sides = [self._session.rng.permutation(sorted(side)).tolist() for side in (part.senders, part.receivers)]
         return list(zip(*sides))
+
+
+def _passes(part: Part, source: int, sink: int) -> bool:
+    return source in part.senders and sink in part.receivers
