@@ -132,3 +132,13 @@ def test_memory() -> None:
     result = run_script("memory.py", "--cases", "plain", "full, MoE")
     assert set(result["cases"]) == {"plain", "full, MoE"}
     assert result["met"]  # bytes do not depend on the machine's load
+
+
+def test_fabric_simulation() -> None:
+    result = run_script("fabric_simulation.py", "--cases", "2", "--only", "8 hosts, two")
+    assert set(result["campaigns"]) == {
+        "8 hosts, two leaves: one fault",
+        "8 hosts, two leaves: none",
+        "8 hosts, two leaves: two faults",
+    }
+    assert result["campaigns"]["8 hosts, two leaves: one fault"]["plan"]["cases"] == 2
