@@ -66,12 +66,12 @@ def _network(session: Session) -> list[Slow]:
         return slow_network_of_many(session)
     suspected = screen(session).suspicions
     confirmed: list[Confirmed] = []
-    tried: set[Part] = set()
+    tried: list[Part] = []
     # A suspicion may prove wrong in a way that names a better one: a path whose sender is slow to others as well.
     while suspected:
-        tried |= {suspicion.part for suspicion in suspected}
-        confirmation = Confirmation(session, suspected)
+        confirmation = Confirmation(session, suspected, tried=tried)
         confirmed += [item for item in confirmation.run() if item.part not in {known.part for known in confirmed}]
+        tried += [suspicion.part for suspicion in suspected]
         suspected = tuple(item for item in confirmation.spoilt_paths() if item.part not in tried)
     return [_slow_part(session, item, confirmed) for item in confirmed]
 

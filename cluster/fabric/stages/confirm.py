@@ -62,21 +62,23 @@ class _Case:
 class Confirmation:
     """The cases of one diagnosis. Sender and receiver of a host, and both ways of an uplink, are always tried together."""
 
-    def __init__(self, session: Session, suspicions: Sequence[Suspicion]) -> None:
+    def __init__(self, session: Session, suspicions: Sequence[Suspicion], *, tried: Sequence[Part] = ()) -> None:
+        """tried: parts that were suspected before; they are not tried again, but no control flow passes them."""
         self._session = session
         self._noise = session.seen.noise()
-        self._suspected = [suspicion.part for suspicion in suspicions]
+        parts = [suspicion.part for suspicion in suspicions]
+        self._suspected = [*parts, *tried]
         self._spreads: Mapping[Part, float] = {suspicion.part: suspicion.spread for suspicion in suspicions}
         self._evident = {suspicion.part for suspicion in suspicions if suspicion.worth > _EVIDENT}
         self._accident = max(0.5 * session.settings.least_log_loss, 4.0 * self._noise)
         self._accident_rate = self._usual_accidents()
         count = session.count
-        hosts = [part.host for part in self._suspected if part.kind in ("sender", "receiver")][:_MOST_SUSPECT_HOSTS]
+        hosts = [part.host for part in parts if part.kind in ("sender", "receiver")][:_MOST_SUSPECT_HOSTS]
         self._hosts = list(dict.fromkeys(hosts))
         self._cases: dict[Part, _Case] = {}
         for host in self._hosts:
             self._open(sender(host, count), receiver(host, count))
-        for part in self._suspected:
+        for part in parts:
             if part.kind == "path":
                 self._open(part)
             elif part.kind == "uplink":
@@ -133,8 +135,8 @@ class Confirmation:
     def spoilt_paths(self) -> list[Suspicion]:
         """Senders and receivers that were slow in more than the one path that was suspected."""
         slow = []
-        for siblings in self._siblings.values():
-            for case in siblings:
+        for part, siblings in self._siblings.items():
+            for case in siblings if not self._blocks(part) else ():
                 loss = self._loss(case)
                 if loss.mean > 0.5 * self._session.settings.least_log_loss and loss.tail_beyond(0.0) < 0.01:
                     slow.append(Suspicion(part=case.part, effect=-loss.mean, worth=0.0, spread=self._noise))
@@ -157,8 +159,17 @@ class Confirmation:
             allowed = settings.false_alarm_rate * (_TRUST if case.part in self._evident else 1.0) / len(self._cases)
             if self._tail(case) < allowed and self._mean_loss(case) >= 0.9 * least:
                 case.state = "slow"
+            elif self._like_its_ends(case):
+                case.state = "well"
             elif student_tail((least - loss.mean) / loss.standard_error, loss.dof) < 0.02:
                 case.state = "well" if self._accidents(case) > 0.02 else case.state
+
+    def _like_its_ends(self, case: _Case) -> bool:
+        """Whether a path is hardly slower than other flows of its ends, which are slow themselves."""
+        least = self._session.settings.least_log_loss
+        mean = self._loss(case).mean
+        elsewhere = [self._loss(sibling).mean for sibling in self._siblings.get(case.part, ())]
+        return any(other > 0.5 * least and mean < 1.5 * other for other in elsewhere)
 
     def _mean_loss(self, case: _Case) -> float:
         """Logarithm of the mean time of a byte over that of the controls: what a user waits, accidents included."""
@@ -226,7 +237,7 @@ class Confirmation:
             (source,), (sink,) = case.part.senders, case.part.receivers
             self._compare([(source, sink)], [case])
             # Across a congested uplink the flows to compare with cross it as well.
-            blocks = [part for part in self._suspected if part.kind == "uplink" and _passes(part, source, sink)]
+            blocks = self._blocks(case.part)
             other = self._partner(source, "sender", {sink}, blocks)
             another = self._partner(sink, "receiver", {source, *([] if other is None else [other])}, blocks)
             out, into = self._siblings[case.part]
@@ -236,6 +247,11 @@ class Confirmation:
                 flows, roles = [*flows, (another, sink)], [*roles, into]
             if flows:
                 self._compare([(int(a), int(b)) for a, b in flows], roles)
+
+    def _blocks(self, part: Part) -> list[Part]:
+        """Suspected uplinks that a path crosses."""
+        (source,), (sink,) = part.senders, part.receivers
+        return [other for other in self._suspected if other.kind == "uplink" and _passes(other, source, sink)]
 
     def _partner(self, host: int, kind: str, taken: set[int], within: Sequence[Part] = ()) -> int | None:
         """Someone free for the other end of a flow that passes no other suspected part, if there is such a one.
