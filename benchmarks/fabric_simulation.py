@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.fabric.diagnose import diagnose
 from reporting import add_output_options, report
 
+from cluster.fabric.diagnose import diagnose
 from cluster.fabric.simulation.campaign import SimulationPlan, SimulationResult, simulate
 
 MAX_ROUNDS = 12
