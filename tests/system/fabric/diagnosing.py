@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -30,6 +31,7 @@ class DiagnosingRanks:
     def __init__(self, fabric: FabricOfHosts) -> None:
         self.ranks = Ranks(fabric, serve)
         self._cleanup = contextlib.ExitStack()
+        self._numbers = itertools.count()
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -45,11 +47,16 @@ class DiagnosingRanks:
 
     def diagnose(self) -> dict[str, Any]:
         """`verdict` as for JSON, `measurements` as a list of what was asked and answered. Raises RankFailureError."""
-        return self.ranks.ask(0, "diagnose", timeout_s=DIAGNOSIS_SECONDS)
+        number = next(self._numbers)
+        self.ranks.tell(0, number)
+        # One that took too long for who asked for it may still answer.
+        while (answer := self.ranks.hear(0, timeout_s=DIAGNOSIS_SECONDS))["number"] != number:
+            pass
+        return answer
 
 
 def serve(rank: HostRank) -> None:
-    """What each rank runs: rank 0 diagnoses whenever its parent says so, until it says `stop`."""
+    """What each rank runs: rank 0 diagnoses whenever its parent says so, until it says None."""
     place = FabricPlace(
         rank=rank.rank,
         world_size=rank.world_size,
@@ -61,10 +68,10 @@ def serve(rank: HostRank) -> None:
 
     def work(fabric: MeasuredFabric) -> None:
         rank.parent.send("all have met")
-        while rank.parent.recv() != "stop":
+        while (number := rank.parent.recv()) is not None:
             recorded = Recording(fabric)
             verdict = diagnose(recorded)
-            rank.parent.send({"verdict": verdict.as_data(), "measurements": recorded.measurements})
+            rank.parent.send({"number": number, "verdict": verdict.as_data(), "measurements": recorded.measurements})
 
     run_on_fabric(place, MeasureOptions(), work)
 

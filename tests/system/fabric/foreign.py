@@ -9,10 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.system.fabric.hosts import FabricOfHosts, Host, run_command
+from tests.system.fabric.hosts import FabricOfHosts, Host, run_command, shaping
 
 _TRAFFIC = Path(__file__).with_name("traffic.py")
 _PORT = "9009"
+_QUEUE_BYTES = 1_000_000
 _START_SECONDS = 30.0
 
 
@@ -23,8 +24,9 @@ def datagrams(fabric: FabricOfHosts, sender: Host, receiver: Host, mbit: float) 
     command = ("ip", "netns", "exec", receiver.namespace, "iptables", "-w", "-t", "raw")
     run_command(*command, "-A", *drop)
     try:
-        # The link sets the rate: exact, however the machine's cores are shared.
-        fabric.set_rate_out(sender, mbit)
+        # The link sets the rate: exact, however the machine's cores are shared. Its queue is longer than what the sender's
+        # socket holds, so that the sender waits: it would take a core for datagrams that are dropped at once.
+        fabric.set_queue(sender.namespace, "eth0", shaping(mbit, queue_bytes=_QUEUE_BYTES))
         with _running(sender, "udp", receiver.address):
             yield
     finally:

@@ -75,9 +75,9 @@ def run_command(*command: str, stdin: str | None = None) -> str:
     return done.stdout
 
 
-def shaping(mbit: float) -> str:
-    """Words for tc that let `mbit` Mbit/s through, and queue for 5 ms, four packets at least."""
-    limit = max(_BURST_BYTES * 4, int(mbit * 1e6 / 8 * _QUEUE_S))
+def shaping(mbit: float, *, queue_bytes: int | None = None) -> str:
+    """Words for tc that let `mbit` Mbit/s through, and queue `queue_bytes`, or for 5 ms, four packets at least."""
+    limit = queue_bytes or max(_BURST_BYTES * 4, int(mbit * 1e6 / 8 * _QUEUE_S))
     return f"tbf rate {round(mbit * 1e6)}bit burst {_BURST_BYTES} limit {limit}"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -22,8 +23,9 @@ from typing import Any, Self
 from tests.system.fabric.hosts import FabricOfHosts, Host
 from tests.system.fabric.namespaces import enter, favour_this_process
 
-MASTER_PORT = 29511
-"""Each fabric has addresses of its own, so that a fixed port is nobody else's."""
+_FIRST_PORT = 29511
+"""Each fabric has addresses of its own, so that ports from here on are nobody else's but those of other ranks there."""
+_counter = itertools.count()
 _PRELOADED = ["torch", "torch.distributed", "numpy", "launcher.cli", __name__]
 _GRACE_SECONDS = 5.0
 """How long the other ranks may go on after one has failed: they may be about to fail with something to say."""
@@ -93,7 +95,7 @@ class Ranks:
 
     def __enter__(self) -> Self:
         context = _zygote()
-        address = f"{self.hosts[0].address}:{MASTER_PORT}"
+        address = f"{self.hosts[0].address}:{_FIRST_PORT + next(_counter) % 1000}"
         for number, host in enumerate(self.hosts):
             result, result_there = context.Pipe(duplex=False)
             channel, channel_there = context.Pipe()
