@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster.fabric.probing import Figures
 from cluster.fabric.stages.session import Session
-from cluster.fabric.statistics import Contrast, contrast, noise_from_repeats, student_tail
+from cluster.fabric.statistics import Contrast, contrast, noise_from_repeats, robust_spread, student_tail
 
 _PASSES = 2
 _CONTROLS = 3
@@ -66,6 +66,9 @@ def _relative_noise(logs: Figures) -> float:
 def _confirmed(session: Session, suspects: list[int], above: Figures, noise: float, work_s: float) -> list[SlowCompute]:
     settings = session.settings
     least = math.log1p(settings.least_compute_loss)
+    # What endpoints differ in for good: the spread of their levels without what one measurement's noise adds to it.
+    lasting = math.sqrt(max(robust_spread(above) ** 2 - 0.5 * noise**2, 0.0))
+    bound = max(_LASTING * least, 3.0 * lasting)
     healthy = [int(index) for index in np.argsort(above) if int(index) not in suspects]
     # Not the fastest, which are fast by chance: those around the middle.
     middle = max(0, len(healthy) - _CONTROLS - 1)
@@ -83,8 +86,8 @@ def _confirmed(session: Session, suspects: list[int], above: Figures, noise: flo
         reference = np.median(np.log([times[index] for index in controls]), axis=0)
         for index in list(open_cases):
             loss = contrast(np.log(times[index]) - reference, known_spread=1.2 * noise, known_dof=4)
-            tail = loss.tail_beyond(0.4 * least)
-            if loss.mean >= _LASTING * least and tail < settings.false_alarm_rate / session.count:
+            tail = loss.tail_beyond(0.6 * least)
+            if loss.mean >= bound and tail < settings.false_alarm_rate / session.count:
                 control_s = float(np.median([times[control] for control in controls]))
                 slow = SlowCompute(
                     endpoint=index, loss=loss, tail=tail, seconds=float(np.median(times[index])), control_s=control_s
