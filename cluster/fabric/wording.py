@@ -24,6 +24,12 @@ def duration(seconds: float) -> str:
     return f"{figure} {unit}"
 
 
+def rate(bytes_per_s: float) -> str:
+    """One, with its unit: `47.1 MB/s`."""
+    (figure,), unit = rates([bytes_per_s])
+    return f"{figure} {unit}"
+
+
 def _scaled(values: Sequence[float], units: Sequence[tuple[float, str]]) -> tuple[tuple[str, ...], str]:
     most = max(map(abs, values))
     scale, unit = next((each for each in units if most >= each[0]), units[-1])

@@ -166,7 +166,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(mega: Mega, arguments:
 def test_a_file_that_is_no_sweep_is_told(mega: Mega, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"rows": 3}')
     ended = mega("fabric", "baseline", "save", str(tmp_path / "x.json"))
-    assert (ended.code, "is no sweep" in ended.err) == (1, True)
+    assert (ended.code, "is not what `mega fabric sweep --output` writes" in ended.err) == (1, True)
 
 
 def test_a_dry_run_measures_nothing(mega: Mega) -> None:

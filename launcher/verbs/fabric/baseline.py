@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from launcher.errors import RunError
 from launcher.output import Output
 from launcher.verb import EXIT_REFUSED
-
-if TYPE_CHECKING:
-    from cluster.fabric.sweep import SweepResult
 
 SweepFile = Annotated[Path, typer.Argument(metavar="SWEEP.json", help="What `mega fabric sweep --output` wrote.")]
 Store = Annotated[Path, typer.Option(help="Folder that holds the baselines of all clusters.")]
@@ -30,6 +25,7 @@ def save(
 ) -> int:
     """Keep a sweep as a baseline of its cluster."""
     from cluster.fabric.baseline import BaselineStore
+    from cluster.fabric.sweep import read_sweep
 
     path = BaselineStore(store, cluster).save(read_sweep(file), name)
     out.say(f"Kept as {path}.")
@@ -53,6 +49,7 @@ def check(
 ) -> int:
     """Hold a sweep against a baseline; end with 3 where something has become slower by more than the noise."""
     from cluster.fabric.baseline import BaselineStore
+    from cluster.fabric.sweep import read_sweep
 
     found = BaselineStore(store, cluster).check(read_sweep(file), against)
     for regression in found.regressions:
@@ -61,18 +58,6 @@ def check(
         out.say(f"Nothing is slower than in {found.baseline} ({found.num_compared} comparisons).")
     out.result(found.as_data())
     return 0 if found.ok else EXIT_REFUSED
-
-
-def read_sweep(path: Path) -> SweepResult:
-    """What `mega fabric sweep --output` wrote. Raises RunError where the file holds something else."""
-    from cluster.fabric.sweep import SweepResult
-
-    try:
-        return SweepResult.from_data(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{path} is no sweep ({type(error).__name__}: {error}): write one with `mega fabric sweep --output FILE`"
-        ) from error
 
 
 VERBS: dict[str, Callable[..., int]] = {"save": save, "list": list_, "check": check}

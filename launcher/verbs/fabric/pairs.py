@@ -66,12 +66,13 @@ def pairs(
 def _measure(fabric: MeasuredFabric, num_bytes: int, repeats: int, output: Path | None) -> Answer:
     from cluster.fabric.pairs import measure_pairs
     from cluster.fabric.report import heat_map
+    from cluster.fabric.wording import rate
 
     measured = measure_pairs(fabric, num_bytes=num_bytes, repeats=repeats)
     data = measured.as_data()
     write_json(output, data)
     lines = [
         heat_map(data["pairs_bytes_per_s"], data["hosts"]),
-        f"{measured.rounds} rounds, {measured.seconds:.1f} s; median {words(measured.median_bytes_per_s)}/s",
+        f"{measured.rounds} rounds, {measured.seconds:.1f} s; median {rate(measured.median_bytes_per_s)}",
     ]
     return Answer(data=data, lines=lines)

@@ -136,6 +136,8 @@ def _circumstances() -> dict[str, str]:
 
 
 def _table(result: SweepResult) -> list[str]:
+    from cluster.fabric.wording import rate
+
     head = ("group", "mode", "collective", "size", "median", "p99", "algbw", "busbw", "")
     rows = [head] + [
         (
@@ -145,8 +147,8 @@ def _table(result: SweepResult) -> list[str]:
             words(row.num_bytes),
             f"{row.times.median_s * 1e3:.3f} ms",
             f"{row.times.p99_s * 1e3:.3f} ms",
-            f"{words(row.algbw_bytes_per_s)}/s",
-            f"{words(row.busbw_bytes_per_s)}/s",
+            rate(row.algbw_bytes_per_s),
+            rate(row.busbw_bytes_per_s),
             "" if row.correct else "WRONG DATA",
         )
         for row in result.rows
@@ -156,8 +158,8 @@ def _table(result: SweepResult) -> list[str]:
     for fit in result.fits:
         alpha, beta = fit.model.alpha_s, fit.model.beta_s_per_byte
         off = "" if alpha.reach is None else f" +- {alpha.reach * 1e6:.1f}"
-        rate = f"{words(1 / beta.value)}/s" if beta.value > 0 else "beyond what was measured"
+        limit = rate(1 / beta.value) if beta.value > 0 else "beyond what was measured"
         lines.append(
-            f"{fit.model.kind} on {fit.group}, {fit.mode}: alpha {alpha.value * 1e6:.1f}{off} us, 1/beta {rate}"
+            f"{fit.model.kind} on {fit.group}, {fit.mode}: alpha {alpha.value * 1e6:.1f}{off} us, 1/beta {limit}"
         )
     return lines
