@@ -39,7 +39,6 @@ def campaigns(options: argparse.Namespace) -> Iterator[Campaign]:
     """Of single faults and of none, on each fabric."""
     seed, cases = options.seed, options.cases
     fabrics = {"8 hosts, two leaves": SimulationPlan(hosts=8, topology="two-leaves", seed=seed)}
-    fabrics["64 hosts, hashed"] = SimulationPlan(hosts=64, seed=seed)
     for hosts in (1024, 16384):
         fabrics[f"{hosts:,} hosts, tables"] = SimulationPlan(hosts=hosts, routing="static", seed=seed)
         fabrics[f"{hosts:,} hosts, hashed"] = SimulationPlan(hosts=hosts, routing="ecmp", seed=seed)

@@ -17,6 +17,7 @@ from cluster.fabric.probing import Endpoint, Flows
 
 Indices = NDArray[np.intp]
 Mask = NDArray[np.bool_]
+_LEAST_LEAVES, _LEAST_SIZE = 3, 4
 NO_FLOWS: Flows = np.zeros((0, 2), dtype=np.intp)
 
 
@@ -88,6 +89,15 @@ def layout_of(endpoints: Sequence[Endpoint]) -> Layout:
     ends = np.cumsum(np.bincount(leaf_of))[:-1]
     members = tuple(np.split(np.argsort(leaf_of, kind="stable"), ends))
     return Layout(leaf_of=leaf_of, members=members, host_of=host_of)
+
+
+def has_many_leaves(endpoints: Sequence[Endpoint]) -> bool:
+    """Whether leaves are known, and there are enough of enough endpoints to tell them apart by rounds within and across.
+
+    Between so many leaves flows may share cables by chance, which a matrix of all pairs takes for faults.
+    """
+    layout = layout_of(endpoints)
+    return layout.num_leaves >= _LEAST_LEAVES and layout.leaf_size >= _LEAST_SIZE
 
 
 def without(flows: Flows, taken: Flows, good: Mask | None = None) -> Flows:

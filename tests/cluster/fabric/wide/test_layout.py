@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cluster.fabric.simulation.topology import fat_tree
-from cluster.fabric.wide.layout import NO_FLOWS, Layout, layout_of, without
+from cluster.fabric.simulation.topology import fat_tree, two_leaves
+from cluster.fabric.wide.layout import NO_FLOWS, Layout, has_many_leaves, layout_of, without
 
 
 def _layout(hosts: int = 1024, rails: int = 1) -> Layout:
@@ -92,3 +92,10 @@ def test_flows_give_way_to_those_that_are_taken() -> None:
     assert without(flows, np.array([[1, 5], [6, 3]])).tolist() == [[0, 1], [4, 0]]
     good = np.array([True, True, True, True, False, True, True])
     assert without(flows, NO_FLOWS, good).tolist() == [[0, 1], [1, 2], [2, 3]]
+
+
+def test_many_leaves_are_three_or_more_that_are_known() -> None:
+    assert has_many_leaves(fat_tree(24).endpoints())
+    assert not has_many_leaves(fat_tree(16).endpoints())
+    assert not has_many_leaves(two_leaves(64).endpoints())
+    assert not has_many_leaves([dataclasses.replace(endpoint, leaf=None) for endpoint in fat_tree(1024).endpoints()])
