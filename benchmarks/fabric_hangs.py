@@ -43,7 +43,7 @@ def _cases(options: argparse.Namespace) -> list[HangCase]:
 
 def _run(case: HangCase) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="fabric-hangs-") as folder:
-        outcome = run_hang(case, Path(folder))
+        outcome = run_hang(case, Path(folder), patience_s=180.0 if case.fault == "busy" else 40.0)
     found = outcome.findings[0].finding if outcome.findings else None
     seconds = outcome.seconds
     if case.fault == "busy":

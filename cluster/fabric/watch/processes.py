@@ -14,6 +14,8 @@ _WORKING_SHARE = 0.05
 _WORKING_SWITCHES_PER_S = 20.0
 """A main thread that gives up its core so often is being fed, as by a network, even where it uses no time."""
 _WORKING_BYTES_PER_S = 100_000.0
+_STARVED_SHARE = 0.2
+"""Of one core, for a main thread that is ready to run."""
 _TICKS_PER_S = 100.0
 """USER_HZ, the unit of the kernel's times on every Linux that there is."""
 
@@ -35,8 +37,10 @@ class Usage:
     switches: int
     """Times that the main thread has given up its core by itself."""
     stopped: bool
-    is_at_it: bool
-    """The main thread runs, or would on a machine less crowded, or waits for a disk or a network file system."""
+    is_runnable: bool
+    """The main thread runs, or would if the machine were less crowded."""
+    in_disk_wait: bool
+    """The main thread waits for a disk or a network file system."""
 
 
 def identify(pid: int) -> ProcessId | None:
@@ -75,7 +79,8 @@ def usages(processes: list[ProcessId]) -> dict[ProcessId, Usage]:
                 io_bytes=sum(_io_bytes(pid) for pid in family),
                 switches=_switches(process.pid),
                 stopped=fields[_STATE] in "Tt",
-                is_at_it=fields[_STATE] in "RD",
+                is_runnable=fields[_STATE] == "R",
+                in_disk_wait=fields[_STATE] == "D",
             )
     return found
 
@@ -83,11 +88,17 @@ def usages(processes: list[ProcessId]) -> dict[ProcessId, Usage]:
 def is_working(before: Usage, after: Usage, seconds: float) -> bool:
     """Whether a rank did anything in the `seconds` between two looks."""
     return (
-        after.is_at_it
+        after.is_runnable
+        or after.in_disk_wait
         or after.cpu_s - before.cpu_s > _WORKING_SHARE * seconds
         or after.io_bytes - before.io_bytes > _WORKING_BYTES_PER_S * seconds
         or after.switches - before.switches > _WORKING_SWITCHES_PER_S * seconds
     )
+
+
+def is_starved(before: Usage, after: Usage, seconds: float) -> bool:
+    """Whether a rank would run if the machine let it: it is no wonder then that it says nothing."""
+    return after.is_runnable and after.cpu_s - before.cpu_s < _STARVED_SHARE * seconds
 
 
 def _family(pid: int, children: dict[int, list[int]]) -> list[int]:

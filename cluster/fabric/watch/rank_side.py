@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import select
 import sys
 import threading
@@ -26,6 +27,7 @@ from cluster.fabric.watch.setup import WatchSetup
 from cluster.fabric.watch.starting import WatcherSettings, start_watcher
 from cluster.fabric.watch.state import pack_groups
 
+_logger = logging.getLogger(__name__)
 _PERIOD_SECONDS = 1.0
 _GREET_AGAIN_SECONDS = 0.1
 """Until the host's watcher, which its first rank may still be starting, hears of this one."""
@@ -53,6 +55,7 @@ class Watch:
         self._name = rank_name(meeting.token, setup.rank)
         self._socket = local_socket(self._name)
         self._closed = False
+        self._has_complained = False
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._report, name="fabric-watch", daemon=True)
         self._thread.start()
@@ -88,7 +91,7 @@ class Watch:
             if not is_greeted or period % _HELLO_PERIODS == 0:
                 is_greeted = self._tell(self._hello)
             period += 1
-            now, latest, before = time.monotonic(), flight.counters(), position
+            now, latest, before = time.monotonic(), self._counters(), position
             if latest != counters:
                 counters, since = latest, now
             else:  # nothing moves: where does it stand?
@@ -106,6 +109,17 @@ class Watch:
             )
             self._answer(_PERIOD_SECONDS if is_greeted else _GREET_AGAIN_SECONDS)
 
+    def _counters(self) -> object:
+        """Changes when a collective begins or ends. Where torch's recorder fails, this rank seems to move all the time: it
+        can no longer be told to hang, but must not be taken for silent."""
+        try:
+            return flight.counters()
+        except Exception:
+            if not self._has_complained:
+                self._has_complained = True
+                _logger.exception("torch's flight recorder cannot be read: hangs of this rank will not be seen")
+            return object()
+
     def _answer(self, seconds: float) -> None:
         """Hears the watcher for a while: it may ask for all calls."""
         deadline = time.monotonic() + seconds
@@ -117,9 +131,13 @@ class Watch:
                 self._tell_calls()
 
     def _tell_calls(self) -> None:
-        entries = flight.recorded_calls()
-        groups = flight.group_calls(entries, flight.group_members(), time.time_ns())
-        breaks = find_breaks(flight.habitual_calls(entries))
+        try:
+            entries = flight.recorded_calls()
+            groups = flight.group_calls(entries, flight.group_members(), time.time_ns())
+            breaks = find_breaks(flight.habitual_calls(entries))
+        except Exception:
+            _logger.exception("torch's flight recorder cannot be read: collectives of this rank are not known")
+            return
         self._tell(
             {
                 "t": "calls",

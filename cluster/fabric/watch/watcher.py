@@ -20,7 +20,7 @@ from typing import Any
 from cluster.fabric.watch import stacks
 from cluster.fabric.watch.head import Head
 from cluster.fabric.watch.links import HeadLink, HeadServer, LocalHead
-from cluster.fabric.watch.processes import ProcessId, Usage, is_working, lives, usages
+from cluster.fabric.watch.processes import ProcessId, Usage, is_starved, is_working, lives, usages
 from cluster.fabric.watch.protocol import (
     Meeting,
     Message,
@@ -41,6 +41,8 @@ _QUIET_SECONDS = 2.0
 """A rank that has done nothing for so long is looked at."""
 _SILENT_SECONDS = 5.0
 """A thread that speaks once a second and has not for so long cannot run."""
+_STARVED_SECONDS = 20.0
+"""The same where the machine has no time for the rank."""
 
 
 @dataclass(kw_only=True)
@@ -197,13 +199,15 @@ class Watcher:
         for number, rank in ranks.items():
             if (usage := found.get(rank.process)) is None:
                 continue
+            starved = False
             if rank.usage is not None:
                 before_at, before = rank.usage
+                starved = is_starved(before, usage, now - before_at)
                 rank.is_working = rank.moved or is_working(before, usage, now - before_at)
             rank.usage = (now, usage)
             if usage.stopped:
                 self._set_life(number, "stopped", now)
-            elif now - rank.heard >= _SILENT_SECONDS:
+            elif now - rank.heard >= (_STARVED_SECONDS if starved else _SILENT_SECONDS):
                 self._set_life(number, "silent", now)
 
     def _report(self, now: float) -> None:

@@ -14,9 +14,18 @@ from dataclasses import replace
 import pytest
 
 from cluster.fabric.watch.position import main_thread_position
-from cluster.fabric.watch.processes import ProcessId, Usage, identify, is_working, lives, this_process, usages
+from cluster.fabric.watch.processes import (
+    ProcessId,
+    Usage,
+    identify,
+    is_starved,
+    is_working,
+    lives,
+    this_process,
+    usages,
+)
 
-IDLE = Usage(cpu_s=1.0, io_bytes=0, switches=0, stopped=False, is_at_it=False)
+IDLE = Usage(cpu_s=1.0, io_bytes=0, switches=0, stopped=False, is_runnable=False, in_disk_wait=False)
 
 
 def _wait_for(ready: Callable[[], bool]) -> None:
@@ -46,7 +55,7 @@ def test_a_stopped_process_and_a_busy_child_of_a_child() -> None:
         own = identify(child.pid)
         assert own is not None
         start = usages([own])[own]
-        _wait_for(lambda: is_working(replace(start, is_at_it=False), replace(usages([own])[own], is_at_it=False), 1.0))
+        _wait_for(lambda: usages([own])[own].cpu_s > start.cpu_s + 0.1)  # the child's
         os.kill(child.pid, signal.SIGSTOP)
         _wait_for(lambda: usages([own])[own].stopped)
     finally:
@@ -63,11 +72,18 @@ def test_a_stopped_process_and_a_busy_child_of_a_child() -> None:
         ({"io_bytes": 1_000_000}, True),
         ({"switches": 10}, False),
         ({"switches": 100}, True),
-        ({"is_at_it": True}, True),
+        ({"is_runnable": True}, True),
+        ({"in_disk_wait": True}, True),
     ],
 )
 def test_what_counts_as_work(change: dict[str, float], works: bool) -> None:
     assert is_working(IDLE, replace(IDLE, **change), 2.0) is works
+
+
+def test_a_rank_that_would_run_but_may_not_is_starved() -> None:
+    assert is_starved(IDLE, replace(IDLE, is_runnable=True, cpu_s=1.1), 2.0)
+    assert not is_starved(IDLE, replace(IDLE, is_runnable=True, cpu_s=2.9), 2.0)  # it holds the core, and says nothing
+    assert not is_starved(IDLE, IDLE, 2.0)
 
 
 def test_this_process() -> None:
