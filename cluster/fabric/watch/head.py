@@ -218,7 +218,7 @@ class Head:
         return [told.died(states[number], others) for number in at_once]
 
     def _hangs(self, states: Mapping[int, RankState], now: float) -> tuple[Finding, ...]:
-        if self._deaths_told or (any(rank.life == "ended" for rank in self._ranks.values()) and self.is_over):
+        if self._death_seen:  # what follows, follows from it
             return ()
         if not waiting_ranks(states, _ASK_SHARE * self._hang_seconds):
             return ()

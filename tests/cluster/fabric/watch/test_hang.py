@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.fabric.watch.hang import Patience, find_hangs, waiting_ranks
-from cluster.fabric.watch.state import Call, GroupCalls, Life, RankState
+from cluster.fabric.watch.hang import Patience, find_hangs, own_breaks, waiting_ranks
+from cluster.fabric.watch.state import Break, Call, GroupCalls, Life, RankState
 from tests.cluster.fabric.watch.states import LOOP, WORLD, group_of, play, state
 
 PATIENCE = Patience(hang_seconds=8.0)
@@ -138,6 +138,25 @@ def test_a_break_of_habit_that_most_ranks_share_blames_nobody() -> None:
     (finding,) = find_hangs(play(programs), PATIENCE)
     assert finding.kind == "mismatched_collective"
     assert finding.ranks == (3,)
+
+
+def test_a_break_of_habit_that_is_shared_is_nobodys_own() -> None:
+    due = Break(group="g", number=4, due="a", due_digest="a", came="b", is_skip=False, calls_ago=0)
+    states = {rank: replace(state(rank, LOOP), breaks=(due,) if rank != 3 else ()) for rank in WORLD}
+    assert own_breaks(states[0], states) == []
+    alone = {rank: replace(each, breaks=(due,) if rank == 0 else ()) for rank, each in states.items()}
+    assert own_breaks(alone[0], alone) == [due]
+
+
+def test_different_calls_that_ended_well_are_no_mismatch() -> None:
+    programs = {rank: [("tp", "all_reduce"), *LOOP * 3] for rank in WORLD}
+    del programs[1][-1]
+    states = play(programs)
+    (group,) = (each for each in states[1].groups if each.axis == "tp")
+    odd = replace(group, calls=(replace(group.calls[0], digest="all_reduce of less"), *group.calls[1:]))
+    states[1] = replace(states[1], groups=tuple(odd if each is group else each for each in states[1].groups))
+    (finding,) = find_hangs(states, PATIENCE)
+    assert (finding.kind, finding.ranks) == ("missing_rank", (1,))
 
 
 def test_all_there_and_nothing_moves_is_the_transport() -> None:

@@ -149,7 +149,7 @@ def test_deaths_after_others_have_ended_or_after_a_hang_are_no_news(tmp_path: Pa
     _hang(run)
     still = {"quiet_s": 30.0, "activity": "waiting"}
     for age_s in (0.0, 1.0, 2.0):
-        run.report(r2={"quiet_s": 30.0, "life": "dead", "life_s": age_s}, **dict.fromkeys(("r0", "r1"), still))
+        run.report(r0={"quiet_s": 30.0, "life": "dead", "life_s": age_s}, **dict.fromkeys(("r1", "r2", "r3"), still))
     assert [finding.evidence["state"] for finding in run.findings] == ["idle"]
 
 
