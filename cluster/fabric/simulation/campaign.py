@@ -42,6 +42,8 @@ class SimulationPlan:
     oversubscription: float = 1.0
     """What hosts can send over what cables carry, at each level; not for `two-leaves`."""
     routing: Routing = "ecmp"
+    leaves_known: bool = True
+    """Whether endpoints tell the names of their leaves; those of `two-leaves` never do."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where no such fabric can be."""
@@ -177,7 +179,7 @@ def make_situation(plan: SimulationPlan, number: int) -> Situation:
         faults,
         noise=draw_noise(rng, topology),
         seed=int(rng.integers(2**31)),
-        leaves_known=plan.topology != "two-leaves",
+        leaves_known=plan.leaves_known and plan.topology != "two-leaves",
     )
     return Situation(topology=topology, faults=faults, fabric=fabric)
 

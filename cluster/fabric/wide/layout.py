@@ -100,6 +100,31 @@ def has_many_leaves(endpoints: Sequence[Endpoint]) -> bool:
     return layout.num_leaves >= _LEAST_LEAVES and layout.leaf_size >= _LEAST_SIZE
 
 
+def pairs_for(open_ends: Mask, count: int, rng: np.random.Generator) -> Flows:
+    """`count` disjoint flows: half of them from senders, half to receivers that are still open; the other ends are not.
+
+    open_ends: (2, n) of senders and receivers. While too few are settled, or open, others take their place.
+    """
+    flows: list[tuple[int, int]] = []
+    busy: tuple[set[int], set[int]] = (set(), set())
+    for side in (0, 1):
+        wanted, others = (_open_first(open_ends[end], end == side, rng) for end in (side, 1 - side))
+        free = iter([end for end in others if end not in busy[1 - side]])
+        for end in [end for end in wanted if end not in busy[side]][: count // 2]:
+            other = next((other for other in free if other != end), None)
+            if other is None:
+                break
+            flows.append((end, other) if side == 0 else (other, end))
+            busy[0].add(flows[-1][0])
+            busy[1].add(flows[-1][1])
+    return np.array(flows, dtype=np.intp).reshape(-1, 2)
+
+
+def _open_first(open_ends: Mask, first: bool, rng: np.random.Generator) -> list[int]:
+    order = rng.permutation(len(open_ends))
+    return [int(end) for end in order[np.argsort(open_ends[order] != first, kind="stable")]]
+
+
 def without(flows: Flows, taken: Flows, good: Mask | None = None) -> Flows:
     """Flows that share neither sender nor receiver with those `taken`; only between `good` endpoints where that is given."""
     most = max(flows.max(initial=0), taken.max(initial=0)) + 1

@@ -13,10 +13,11 @@ from cluster.fabric.probing import Figures, Flows
 from cluster.fabric.stages.session import Session
 from cluster.fabric.statistics import contrast
 from cluster.fabric.wide.layout import NO_FLOWS, without
-from cluster.fabric.wide.survey import WITHIN_ROUNDS, Survey
+from cluster.fabric.wide.survey import Survey
 from cluster.fabric.wide.suspicion import SuspectLeaf, suspect_leaves, suspect_paths
 
 _LEAST_ROUNDS = 2
+_ROUNDS_WITHOUT_LEAVES = 6
 _CERTAIN = 1.3
 """Times the smallest loss of interest that is named: among thousands of endpoints chance alone reaches that loss."""
 _FRESH, _SECOND_BEST = 1.2, 0.6
@@ -40,7 +41,7 @@ _CONTROLS = 200
 def slow_network(session: Session) -> list[Slow]:
     """Eight rounds, for any number of endpoints under leaves of 30 or more; six where nothing is suspected.
 
-    Where leaves are not known, one more for each doubling of the number, and senders and receivers alone are found.
+    Where leaves are not known, two more for each doubling of the number, and senders and receivers alone are found.
     """
     survey = Survey(session)
     survey.run()
@@ -69,6 +70,7 @@ class Confirmation:
         """What is slow, each part with its evidence."""
         self._session.during = "the comparison of suspects"
         rounds = math.ceil(_LEAF_SAMPLES / self._flows_of_a_leaf) if self._leaves else _LEAST_ROUNDS
+        rounds = rounds if self._survey.layout.num_leaves > 1 else _ROUNDS_WITHOUT_LEAVES
         for number in range(rounds):
             self._round(number)
         return [*self._slow_ends(), *self._slow_leaves(), *self._slow_paths()]
@@ -82,7 +84,9 @@ class Confirmation:
         crossing, owners = self._leaf_flows(np.concatenate([paths, repairs]))
         suspected = np.concatenate([paths, crossing, repairs])
         controls = without(survey.layout.neighbours(number + 1), suspected, survey.good)
-        controls = controls[:: max(1, len(controls) // _CONTROLS)]
+        # Without leaves to keep flows apart, controls in number would share the suspects' cables.
+        most = _CONTROLS if survey.layout.num_leaves > 1 else max(self._session.count // 16, 2)
+        controls = controls[:: max(1, len(controls) // most)]
         logs = np.log(self._session.transfer(np.concatenate([suspected, controls])))
         logs -= np.median(logs[len(suspected) :])
         for pair, log in zip(paths.tolist(), logs.tolist()):
@@ -119,7 +123,7 @@ class Confirmation:
         for side, part in ((0, sender), (1, receiver)):
             for end in survey.suspects.tolist():
                 logs = survey.near.samples(side, end)
-                fresh = survey.near.samples(side, end, since=WITHIN_ROUNDS)
+                fresh = survey.near.samples(side, end, since=survey.choosing_rounds)
                 if self._is_slow(logs, fresh, least_fresh=3):
                     found.append(self._slow(part(end, count), logs))
         return found

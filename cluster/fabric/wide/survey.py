@@ -11,7 +11,7 @@ from cluster.fabric.probing import Figures, Flows
 from cluster.fabric.stages.session import Session
 from cluster.fabric.statistics import robust_spread
 from cluster.fabric.wide.evidence import Ends
-from cluster.fabric.wide.layout import NO_FLOWS, Indices, Layout, Mask, layout_of, without
+from cluster.fabric.wide.layout import Indices, Layout, Mask, layout_of, pairs_for, without
 
 WITHIN_ROUNDS = 3
 ACROSS_ROUNDS = 3
@@ -24,6 +24,8 @@ _FIRST_BYTES = 1 << 24
 _ALWAYS, _MOSTLY, _ON_AVERAGE = 0.7, 0.5, 1.0
 """Times the smallest loss of interest: whoever lost so much in every round is suspected, or in all but one and on average."""
 _MOST_SUSPECTS = 1 / 8
+_SEEN = 4
+"""Times that an end was slow beside few flows before it is suspected, where leaves are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,47 +53,66 @@ class Survey:
         self.collision_free = True
         """Whether flows from leaf to leaf ran as if alone when all ran at once."""
         self.level = 0.0
-        """Logarithm of the rate of a flow under one leaf."""
+        """Logarithm of the rate of a flow under one leaf, or, where leaves are not known, of most flows when few run."""
         self.noise = 0.0
         """Standard deviation of the logarithm of one rate."""
         self.least = session.settings.least_log_loss
         self.suspects: Indices = np.zeros(0, dtype=np.intp)
         self.good: Mask = np.ones(session.count, dtype=bool)
+        self.choosing_rounds = WITHIN_ROUNDS
+        """Rounds of `near` that chose the suspects: those after them are fresh."""
         self._turn = WITHIN_ROUNDS
 
     def run(self) -> None:
-        """Six rounds; where leaves are not known, one for each time that the number of suspects can halve."""
-        self._within_leaves()
-        if self.layout.num_leaves > 1:
-            for number in range(ACROSS_ROUNDS):
-                self._across_leaves(number)
+        """Six rounds; where leaves are not known, twice the logarithm of the number of endpoints, and a few, at most."""
+        if self.layout.num_leaves == 1:
+            self._without_leaves()
             return
-        for _ in range(math.ceil(math.log2(self.session.count))):
-            if not len(self.suspects):
+        self._within_leaves()
+        for number in range(ACROSS_ROUNDS):
+            self._across_leaves(number)
+
+    def _without_leaves(self) -> None:
+        """Any two flows may share a cable: few run at once, until everyone was fast once, or slow in several of them."""
+        session = self.session
+        session.during = "transfers between pairs"
+        session.num_bytes = max(_FIRST_BYTES, session.settings.least_bytes)
+        open_ends = np.ones((2, session.count), dtype=bool)
+        for number in range(2 * math.ceil(math.log2(session.count)) + 4):
+            most = min(session.count // (4 if number else 8), int(open_ends.sum()))
+            flows = pairs_for(open_ends, max(most, session.count // 16, 2), session.rng)
+            logs = np.log(session.transfer(flows))
+            if number == 0:
+                self.level = float(np.median(logs))
+                self.noise = robust_spread(logs[logs > self.level + _COLLISION_FREE])
+                self._choose_size()
+            self.near.add(flows, logs - self.level)
+            open_ends = np.stack([self.near.best(side) for side in (0, 1)]) < -_ALWAYS * self.least
+            seen = np.stack([self.near.seen(side) for side in (0, 1)])
+            if (seen[open_ends] >= _SEEN).all():
                 break
-            self.measure_with_repairs(NO_FLOWS)
-            self._suspect()
+        self.good = np.logical_not(open_ends.any(axis=0))
+        self.suspects = np.flatnonzero(open_ends.any(axis=0))
+        self.choosing_rounds = number + 1
 
     def _within_leaves(self) -> None:
         self.session.during = "transfers between neighbours"
         session, spreads = self.session, []
         session.num_bytes = max(_FIRST_BYTES, session.settings.least_bytes)
         for shift in range(1, WITHIN_ROUNDS + 1):
-            flows = self._neighbours(shift)
+            flows = self.layout.neighbours(shift)
             logs = np.log(session.transfer(flows))
             self.level = float(np.median(logs))
             spreads.append(robust_spread(logs))
             self.near.add(flows, logs - self.level)
-            wanted = int(math.exp(self.level) * session.settings.transfer_s)
-            session.num_bytes = min(max(wanted, session.settings.least_bytes), session.settings.most_bytes)
+            self._choose_size()
         self.noise = float(np.mean(spreads))
         self._suspect()
 
-    def _neighbours(self, shift: int) -> Flows:
-        """Where leaves are not known, neighbours by number may be far apart: any two are as good."""
-        flows = self.layout.neighbours(shift)
-        known = self.layout.num_leaves > 1
-        return flows if known else self.session.rng.permutation(self.session.count)[flows]
+    def _choose_size(self) -> None:
+        settings = self.session.settings
+        wanted = int(math.exp(self.level) * settings.transfer_s)
+        self.session.num_bytes = min(max(wanted, settings.least_bytes), settings.most_bytes)
 
     def _suspect(self) -> None:
         """Whoever was slow in every round so far, or in most and on average; the slowest, should they be too many."""

@@ -91,6 +91,13 @@ def test_cases_repeat_and_differ() -> None:
     assert make_situation(plan, 0).topology.salt != make_situation(plan, 1).topology.salt
 
 
+def test_names_of_leaves_can_be_hidden() -> None:
+    hidden = make_situation(SimulationPlan(hosts=64, leaves_known=False), 0).fabric
+    told = make_situation(SimulationPlan(hosts=64), 0).fabric
+    assert {endpoint.leaf for endpoint in hidden.endpoints} == {None}
+    assert len({endpoint.leaf for endpoint in told.endpoints}) == 8
+
+
 def test_a_result_is_plain_data_with_every_case() -> None:
     result = simulate(SimulationPlan(hosts=8, topology="two-leaves", fault="random", cases=12), lambda _: _verdict())
     data = result.as_data()

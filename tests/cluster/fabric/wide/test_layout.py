@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cluster.fabric.simulation.topology import fat_tree, two_leaves
-from cluster.fabric.wide.layout import NO_FLOWS, Layout, has_many_leaves, layout_of, without
+from cluster.fabric.wide.layout import NO_FLOWS, Layout, has_many_leaves, layout_of, pairs_for, without
 
 
 def _layout(hosts: int = 1024, rails: int = 1) -> Layout:
@@ -99,3 +99,21 @@ def test_many_leaves_are_three_or_more_that_are_known() -> None:
     assert not has_many_leaves(fat_tree(16).endpoints())
     assert not has_many_leaves(two_leaves(64).endpoints())
     assert not has_many_leaves([dataclasses.replace(endpoint, leaf=None) for endpoint in fat_tree(1024).endpoints()])
+
+
+def test_open_ends_meet_settled_ones() -> None:
+    open_ends = np.zeros((2, 100), dtype=bool)
+    open_ends[0, [3, 4]] = open_ends[1, [3, 50]] = True
+    flows = pairs_for(open_ends, 4, np.random.default_rng(0))
+    assert _is_disjoint(flows)
+    assert len(flows) == 4
+    assert {3, 4} <= set(flows[:, 0].tolist())
+    assert {3, 50} <= set(flows[:, 1].tolist())
+    assert not [flow for flow in flows.tolist() if open_ends[0, flow[0]] and open_ends[1, flow[1]]]
+
+
+def test_while_all_ends_are_open_any_two_meet() -> None:
+    flows = pairs_for(np.ones((2, 100), dtype=bool), 24, np.random.default_rng(0))
+    assert len(flows) == 24
+    assert _is_disjoint(flows)
+    assert (flows[:, 0] != flows[:, 1]).all()

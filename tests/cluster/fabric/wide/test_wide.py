@@ -36,12 +36,12 @@ def _wrong(plan: SimulationPlan) -> list[SimulatedCase]:
 
 @pytest.mark.parametrize("fault", SINGLE_FAULTS)
 def test_one_fault_among_a_thousand_hosts_is_named(fault: str) -> None:
-    assert len(_wrong(SimulationPlan(hosts=1024, fault=fault, cases=12, seed=1, routing="static"))) <= 1
+    assert len(_wrong(SimulationPlan(hosts=1024, fault=fault, cases=6, seed=1, routing="static"))) <= 1
 
 
 @pytest.mark.parametrize("fault", [fault for fault in SINGLE_FAULTS if fault != "bad_path"])
 def test_flows_that_share_cables_by_chance_hide_no_fault(fault: str) -> None:
-    assert len(_wrong(SimulationPlan(hosts=1024, fault=fault, cases=12, seed=2, routing="ecmp"))) <= 1
+    assert len(_wrong(SimulationPlan(hosts=1024, fault=fault, cases=6, seed=2, routing="ecmp"))) <= 1
 
 
 @pytest.mark.parametrize("routing", ["ecmp", "static"])
@@ -69,12 +69,20 @@ def test_an_oversubscribed_fabric_is_healthy() -> None:
     assert not _wrong(SimulationPlan(hosts=1024, fault="none", cases=10, seed=7, oversubscription=2.0))
 
 
+@pytest.mark.parametrize("routing", ["ecmp", "static"])
 @pytest.mark.parametrize("fault", ["slow_host", "slow_sender", "slow_link"])
-def test_where_leaves_are_not_known_ends_are_found_in_rounds_that_grow_with_the_logarithm(fault: str) -> None:
-    plan = SimulationPlan(hosts=128, topology="two-leaves", fault=fault, cases=10, seed=8)
-    result = simulate(plan, diagnose)
-    assert result.right >= 9
-    assert result.max_rounds <= 3 + 7 + 2 + 6, "three rounds of all, log2(128) repairs, confirmation, compute"
+def test_where_leaves_are_not_known_ends_are_found_in_rounds_that_grow_with_the_logarithm(
+    fault: str, routing: str
+) -> None:
+    result = simulate(
+        SimulationPlan(hosts=256, fault=fault, cases=8, seed=8, routing=routing, leaves_known=False), diagnose
+    )
+    assert result.right >= 7
+    assert result.max_rounds <= 2 * 8 + 4 + 6 + 4, "pairs by the logarithm of 256, comparisons, compute"
+
+
+def test_where_leaves_are_not_known_flows_that_share_cables_raise_no_alarm() -> None:
+    assert not _wrong(SimulationPlan(hosts=256, fault="none", cases=25, seed=9, leaves_known=False))
 
 
 def test_a_finding_says_what_was_measured() -> None:
@@ -103,6 +111,6 @@ def test_a_leaf_whose_cables_are_busy_names_all_its_hosts() -> None:
 
 
 def test_two_slow_hosts_are_both_named() -> None:
-    plan = SimulationPlan(hosts=1024, fault="two", cases=12, seed=10, routing="static")
+    plan = SimulationPlan(hosts=1024, fault="two", cases=6, seed=10, routing="static")
     wrong = _wrong(plan)
-    assert len(wrong) <= 2, np.array([[case.expected, case.found] for case in wrong], dtype=object)
+    assert len(wrong) <= 1, np.array([[case.expected, case.found] for case in wrong], dtype=object)
