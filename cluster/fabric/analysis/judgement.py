@@ -16,6 +16,8 @@ from cluster.fabric.probing import Endpoint
 
 _ONE_WAY = 0.4
 """A loss one way that is less than this share of the other way's is a side effect of it, such as lost acknowledgements."""
+_LEAST_RULE = 0.1
+"""A way that loses less than this as a rule (by the median) is slow by accidents alone."""
 _MOST_CERTAIN = 0.999
 
 
@@ -78,7 +80,11 @@ def _hosts(slow: Sequence[Slow]) -> list[_Draft]:
     drafts = []
     for host, found in ways.items():
         strongest = max(found.values(), key=lambda item: item.log_loss)
-        kept = {way: item for way, item in found.items() if item.log_loss >= _ONE_WAY * strongest.log_loss}
+        kept = {
+            way: item
+            for way, item in found.items()
+            if item is strongest or (item.log_loss >= _ONE_WAY * strongest.log_loss and _is_slow_mostly(item))
+        }
         kind: Kind = "slow_link" if len(kept) == 2 else "slow_sender" if "sender" in kept else "slow_receiver"
         evidence: dict[str, Any] = {}
         for way in ("sender", "receiver"):
@@ -89,6 +95,12 @@ def _hosts(slow: Sequence[Slow]) -> list[_Draft]:
         tail = max(item.tail for item in kept.values())
         drafts.append(_Draft(kind=kind, endpoints=(host,), log_loss=strongest.log_loss, tail=tail, evidence=evidence))
     return drafts
+
+
+def _is_slow_mostly(item: Slow) -> bool:
+    """Whether it is slow as a rule. Packets that are lost one way delay now and then what comes the other way."""
+    rate, control = item.evidence.get("bytes_per_s"), item.evidence.get("control_bytes_per_s")
+    return rate is None or control is None or rate <= (1.0 - _LEAST_RULE) * control
 
 
 def _paths(slow: Sequence[Slow]) -> list[_Draft]:

@@ -47,6 +47,12 @@ def test_a_small_loss_one_way_is_a_side_effect_of_a_great_one_the_other_way() ->
     assert named(slow(sender(3, 8), log_loss=1.2), slow(receiver(3, 8), log_loss=0.15)) == [("slow_sender", ("h3",))]
 
 
+def test_accidents_one_way_are_a_side_effect_of_packets_lost_the_other_way() -> None:
+    mostly_well = slow(receiver(3, 8), log_loss=0.2, bytes_per_s=5.86e6)
+    assert named(slow(sender(3, 8), log_loss=0.33), mostly_well) == [("slow_sender", ("h3",))]
+    assert named(mostly_well) == [("slow_receiver", ("h3",))]
+
+
 def test_a_path_that_is_bad_both_ways_is_one_finding() -> None:
     found = findings(slow(path(2, 5), log_loss=0.5), slow(path(5, 2), log_loss=0.7))
     assert [(finding.kind, finding.hosts, finding.evidence["both_ways"]) for finding in found] == [
