@@ -74,7 +74,9 @@ class SimulatedCase:
     simulated_s: float
     """On the fabric's clock."""
     real_s: float
-    """Of the simulation and the analysis together, on this machine."""
+    """Of the simulation and the analysis together, on this machine, whatever else it does."""
+    processor_s: float
+    """Processor time of the same, on one core."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,7 @@ class SimulationResult:
             "rounds": _spread([case.rounds for case in self.cases]),
             "simulated_s": _spread([case.simulated_s for case in self.cases]),
             "real_s": _spread([case.real_s for case in self.cases]),
+            "processor_s": _spread([case.processor_s for case in self.cases]),
             "extra_findings": sum(case.extra for case in self.cases),
             "cases": [asdict(case) for case in self.cases],
         }
@@ -156,13 +159,19 @@ def run_cases(plan: SimulationPlan, diagnosis: Diagnosis) -> Iterator[SimulatedC
     """The cases of `simulate`, each as soon as it is done. Errors of `diagnosis` say which case they belong to."""
     for number in range(plan.cases):
         situation = make_situation(plan, number)
-        started = time.perf_counter()
+        started, processor_started = time.perf_counter(), time.process_time()
         try:
             verdict = diagnosis(situation.fabric)
         except Exception as error:
             error.add_note(f"in simulated case {number} of {plan}")
             raise
-        yield score(number, situation, verdict, real_s=time.perf_counter() - started)
+        yield score(
+            number,
+            situation,
+            verdict,
+            real_s=time.perf_counter() - started,
+            processor_s=time.process_time() - processor_started,
+        )
 
 
 def make_situation(plan: SimulationPlan, number: int) -> Situation:
@@ -184,7 +193,7 @@ def make_situation(plan: SimulationPlan, number: int) -> Situation:
     return Situation(topology=topology, faults=faults, fabric=fabric)
 
 
-def score(number: int, situation: Situation, verdict: Verdict, *, real_s: float) -> SimulatedCase:
+def score(number: int, situation: Situation, verdict: Verdict, *, real_s: float, processor_s: float) -> SimulatedCase:
     """Compares a verdict with what was injected."""
     topology = situation.topology
     faults = tuple(fault for fault in situation.faults if fault.expected is not None)
@@ -205,6 +214,7 @@ def score(number: int, situation: Situation, verdict: Verdict, *, real_s: float)
         rounds=situation.fabric.calls,
         simulated_s=situation.fabric.seconds,
         real_s=real_s,
+        processor_s=processor_s,
     )
 
 

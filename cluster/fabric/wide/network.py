@@ -21,6 +21,8 @@ _ROUNDS_WITHOUT_LEAVES = 6
 _CERTAIN = 1.3
 """Times the smallest loss of interest that is named: among thousands of endpoints chance alone reaches that loss."""
 _FRESH, _SECOND_BEST = 1.2, 0.6
+_PATH_TAIL = 0.01
+"""Of the measurements of a path by chance: there are two ends of a path for every endpoint, and few measurements of each."""
 _LEAST_SAMPLES = 4
 _MEETING = 0.2
 """Share of flows between leaves that share a cable with another of the few."""
@@ -159,7 +161,8 @@ class Confirmation:
             apart = ("sender", source) not in ends and ("receiver", sink) not in ends
             again = len(fresh) > 0 and -max(fresh) >= _SECOND_BEST * self._survey.least
             if apart and again and self._is_slow(logs, np.array(fresh), least_fresh=2):
-                found.append(self._slow(path(source, sink), logs))
+                slow = self._slow(path(source, sink), logs)
+                found += [slow] if slow.tail < _PATH_TAIL else []
         return found
 
     def _slow_end(self, source: int, sink: int) -> Figures:

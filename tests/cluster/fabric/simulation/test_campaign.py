@@ -65,8 +65,8 @@ def test_the_first_finding_counts_and_later_ones_are_extra() -> None:
     culprit = situation.faults[0].endpoint
     assert culprit is not None
     right, wrong = ("slow_receiver", [culprit]), ("slow_sender", [(culprit + 1) % 8])
-    first = score(0, situation, _verdict(right, wrong), real_s=0.0)
-    second = score(0, situation, _verdict(wrong, right), real_s=0.0)
+    first = score(0, situation, _verdict(right, wrong), real_s=0.0, processor_s=0.0)
+    second = score(0, situation, _verdict(wrong, right), real_s=0.0, processor_s=0.0)
     assert (first.right, first.extra, second.right, second.extra) == (True, 1, False, 1)
 
 
@@ -78,9 +78,9 @@ def test_of_two_faults_both_must_be_named_first() -> None:
         if {fault.injection for fault in situation.faults} == {"slow_sender", "slow_receiver"}
     )
     named = [(fault.expected, [fault.endpoint]) for fault in situation.faults]
-    assert score(0, situation, _verdict(*named[::-1]), real_s=0.0).right
-    assert not score(0, situation, _verdict(named[0], named[0]), real_s=0.0).right
-    assert not score(0, situation, _verdict(named[0], ("slow_host", [0]), named[1]), real_s=0.0).right
+    assert score(0, situation, _verdict(*named[::-1]), real_s=0.0, processor_s=0.0).right
+    assert not score(0, situation, _verdict(named[0], named[0]), real_s=0.0, processor_s=0.0).right
+    assert not score(0, situation, _verdict(named[0], ("slow_host", [0]), named[1]), real_s=0.0, processor_s=0.0).right
 
 
 def test_cases_repeat_and_differ() -> None:

@@ -105,7 +105,7 @@ def test_a_finding_says_what_was_measured() -> None:
 def test_a_leaf_whose_cables_are_busy_names_all_its_hosts() -> None:
     situation = make_situation(SimulationPlan(hosts=1024, fault="congested_uplink", seed=9, routing="static"), 0)
     verdict = diagnose(situation.fabric)
-    assert score(0, situation, verdict, real_s=0.0).right
+    assert score(0, situation, verdict, real_s=0.0, processor_s=0.0).right
     assert len(verdict.findings[0].hosts) == 32
     assert "uplink is congested" in verdict.findings[0].sentence
 
