@@ -62,6 +62,7 @@ class Agent:
             "host": self._place.host,
             "machine": machine_id(),
             "local_rank": self._place.local_rank,
+            "leaf": self._place.leaf,
             "address": _address(self._meeting),
             "has_device": torch.cuda.is_available() and self._place.local_rank < torch.cuda.device_count(),
             "agreed": {"torch": torch.__version__, "ranks": self._place.world_size, **self._options.agreed},

@@ -27,6 +27,8 @@ class FabricPlace:
     """Whether somebody else keeps a torch TCPStore at `address` already, as torchrun's agent does."""
     hosts: tuple[str, ...] = ()
     """Host of each rank, where the launcher knows them all: then a rank that never came has a name. Else empty."""
+    leaf: str | None = None
+    """Name of the leaf switch that this rank's host hangs on, where the launcher knows it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cluster.errors import FabricError
@@ -47,10 +48,12 @@ def endpoints_of(
     """The lowest rank of each host; every rank with `rails`, and where there is one host alone.
 
     Ranks of one host alone get names of their own, `host:local rank`: they stand for hosts on a laptop. `missing` ranks
-    are among the endpoints where `hosts` (by rank) has their names.
+    are among the endpoints where `hosts` (by rank) has their names; their leaf switches nobody tells.
     """
     known = {
-        rank: Endpoint(rank=rank, host=hello["host"], machine=hello["machine"], rail=hello["local_rank"])
+        rank: Endpoint(
+            rank=rank, host=hello["host"], machine=hello["machine"], rail=hello["local_rank"], leaf=hello["leaf"]
+        )
         for rank, hello in hellos.items()
     }
     known |= {rank: Endpoint(rank=rank, host=hosts[rank], machine=hosts[rank]) for rank in missing if rank < len(hosts)}
@@ -58,10 +61,10 @@ def endpoints_of(
     if rails:
         return tuple(ordered)
     if len({endpoint.host for endpoint in ordered}) == 1 and len(ordered) > 1:
-        return tuple(Endpoint(rank=one.rank, host=f"{one.host}:{one.rail}", machine=one.machine) for one in ordered)
+        return tuple(replace(one, host=f"{one.host}:{one.rail}", rail=0) for one in ordered)
     first: dict[str, Endpoint] = {}
     for endpoint in ordered:
-        first.setdefault(endpoint.host, Endpoint(rank=endpoint.rank, host=endpoint.host, machine=endpoint.machine))
+        first.setdefault(endpoint.host, replace(endpoint, rail=0))
     return tuple(first.values())
 
 

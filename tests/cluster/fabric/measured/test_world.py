@@ -8,11 +8,14 @@ from cluster.errors import FabricError
 from cluster.fabric.measured.world import choose_transport, endpoints_of, require_agreement
 
 
-def _hello(host: str, *, local_rank: int = 0, device: bool = False, torch: str = "2.13.0") -> dict[str, Any]:
+def _hello(
+    host: str, *, local_rank: int = 0, device: bool = False, torch: str = "2.13.0", leaf: str | None = None
+) -> dict[str, Any]:
     return {
         "host": host,
         "machine": f"machine of {host}",
         "local_rank": local_rank,
+        "leaf": leaf,
         "has_device": device,
         "agreed": {"torch": torch, "ranks": 4},
     }
@@ -29,6 +32,13 @@ def test_one_rank_of_each_host_measures() -> None:
 def test_with_rails_every_rank_measures() -> None:
     ends = endpoints_of(_two_hosts(), rails=True)
     assert [(one.rank, one.host, one.rail) for one in ends] == [(0, "n0", 0), (1, "n0", 1), (2, "n1", 0), (3, "n1", 1)]
+
+
+@pytest.mark.parametrize("rails", [False, True])
+def test_an_endpoint_has_the_leaf_switch_that_its_rank_told(rails: bool) -> None:
+    hellos = {0: _hello("n0", leaf="s1"), 1: _hello("n1", leaf="s2"), 2: _hello("n2")}
+    ends = endpoints_of(hellos, rails=rails, missing=(3,), hosts=("n0", "n1", "n2", "n3"))
+    assert [one.leaf for one in ends] == ["s1", "s2", None, None]
 
 
 def test_ranks_of_one_host_alone_stand_for_hosts() -> None:
