@@ -80,6 +80,16 @@ def hosts_of_ranks(environ: Mapping[str, str]) -> tuple[str, ...]:
     return hosts if str(len(hosts)) == environ.get("WORLD_SIZE") else ()
 
 
+def leaf_switch(environ: Mapping[str, str]) -> str | None:
+    """The switch that this host hangs from, where SLURM knows its topology: `SLURM_TOPOLOGY_ADDR`, such as
+    "core1.leaf7.n42" with the pattern "switch.switch.node". None where it does not, or the host is all that it names.
+    """
+    names = environ.get("SLURM_TOPOLOGY_ADDR", "").split(".")
+    kinds = environ.get("SLURM_TOPOLOGY_ADDR_PATTERN", "").split(".")
+    switches = [name for name, kind in zip(names, kinds) if kind == "switch"] if len(names) == len(kinds) else []
+    return switches[-1] if switches else None
+
+
 def _write(
     environ: MutableMapping[str, str],
     *,

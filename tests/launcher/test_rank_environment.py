@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.errors import ConfigError
-from launcher.rank_environment import adopt, hosts_of_ranks
+from launcher.rank_environment import adopt, hosts_of_ranks, leaf_switch
 
 STEP = {
     "SLURM_JOB_ID": "1207",
@@ -111,3 +111,18 @@ def test_hosts_of_all_ranks_are_known_in_a_step_of_slurm() -> None:
     assert hosts_of_ranks({**environ, "SLURM_DISTRIBUTION": "cyclic"}) == ()
     assert hosts_of_ranks({**environ, "WORLD_SIZE": "2"}) == ()  # torchrun, one a host, within the step
     assert hosts_of_ranks({"RANK": "0", "WORLD_SIZE": "2"}) == ()
+
+
+@pytest.mark.parametrize(
+    ("address", "pattern", "leaf"),
+    [
+        ("core1.leaf7.n42", "switch.switch.node", "leaf7"),
+        ("n42", "node", None),
+        ("s0.s1.n42", "switch.node", None),
+        ("", "", None),
+    ],
+)
+def test_the_leaf_switch_is_the_last_one_that_slurm_names(address: str, pattern: str, leaf: str | None) -> None:
+    environ = {"SLURM_TOPOLOGY_ADDR": address, "SLURM_TOPOLOGY_ADDR_PATTERN": pattern}
+    assert leaf_switch(environ) == leaf
+    assert leaf_switch({}) is None

@@ -17,7 +17,7 @@ from launcher.errors import ConfigError, RankError
 from launcher.local_ranks import Grace, run_local_ranks
 from launcher.output import Output
 from launcher.place import Place, find_place
-from launcher.rank_environment import adopt, hosts_of_ranks
+from launcher.rank_environment import adopt, hosts_of_ranks, leaf_switch
 from launcher.rank_process import failure_file
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ TransportOption = Annotated[
 HostName = Annotated[
     str | None, typer.Option("--host-name", help="Name of this rank's host. Default: what `hostname` says.")
 ]
+Leaf = Annotated[
+    str | None,
+    typer.Option("--leaf", help="Name of the switch that this rank's host hangs from. Default: what SLURM's topology says."),
+]  # fmt: skip
 Interface = Annotated[
     str | None, typer.Option(help="Network interface to measure, for gloo. Default: the one that leads to rank 0.")
 ]
@@ -67,6 +71,7 @@ class Reach:
     host_name: str | None
     timeout_s: float
     interface: str | None = None
+    leaf: str | None = None
     rails: bool = False
     root: Path = Path("/")
 
@@ -75,6 +80,7 @@ class Reach:
         given = [
             ("--host-name", self.host_name),
             ("--interface", self.interface),
+            ("--leaf", self.leaf),
             ("--root", None if self.root == Path("/") else str(self.root)),
         ]
         named = [word for name, value in given if value for word in (name, value)]
@@ -189,6 +195,7 @@ def _fabric_place(reach: Reach) -> FabricPlace:
         host=reach.host_name or socket.gethostname(),
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         hosts=hosts_of_ranks(environ),
+        leaf=reach.leaf or leaf_switch(environ),
     )
 
 
