@@ -139,6 +139,9 @@ def _uplinks(slow: Sequence[Slow], count: int) -> list[_Draft]:
             "to_endpoints": sorted(part.receivers),
             "both_ways": back is not None,
         }
+        if back is not None and "competing_flows" in evidence:
+            more = found[back].evidence.get("competing_flows", [])
+            evidence["competing_flows"] = [*evidence["competing_flows"], *more]
         drafts[groups] = _Draft(
             kind="congested_uplink",
             endpoints=tuple(sorted(behind)),

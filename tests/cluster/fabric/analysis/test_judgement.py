@@ -68,6 +68,8 @@ def test_an_uplink_names_all_behind_it_and_both_ways_are_one_finding() -> None:
     assert found.hosts == tuple(f"h{number}" for number in range(8))
     assert found.evidence["from_hosts"] == ["h0", "h1", "h2", "h3"]
     assert "foreign traffic competes" in found.sentence
+    flows = [slow(uplink(*ways), competing_flows=[[ways[1] is HALVES[1]]], **words) for ways in (HALVES, HALVES[::-1])]
+    assert findings(*flows)[0].evidence["competing_flows"] == [[True], [False]], "those of both ways"
     (small,) = findings(slow(uplink(frozenset({6, 7}), frozenset(range(6))), **words))
     assert small.hosts == ("h6", "h7")
 
