@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,16 +73,37 @@ def train_in_world(
     data = _open_data(job, prepared, world)
     directory = RunDirectory(job.run_directory)
     watchers = [*(_callbacks(job, directory, console) if world.is_main else []), *callbacks]
-    monitor = watch_run(
-        job, world, console=console, scalars=[each.add for each in watchers if isinstance(each, TensorBoardRecords)]
-    )
-    if monitor is not None:
-        watchers.insert(0, monitor)  # closed first: what it still shows needs the others
-    try:
+    with _closing(watchers):
+        monitor = watch_run(
+            job, world, console=console, scalars=[each.add for each in watchers if isinstance(each, TensorBoardRecords)]
+        )
+        if monitor is not None:
+            watchers.insert(0, monitor)  # closed first: what it still shows needs the others
         return _train(job, prepared, data, world, directory, watchers, monitor, on_accepted or (lambda: None))
-    finally:
-        for callback in watchers:
+
+
+@contextmanager
+def _closing(callbacks: list[Callback]) -> Iterator[None]:
+    """Closes every one of the callbacks in the end, whichever of them raises. What has ended the run is never hidden by what
+    a callback raises then: that becomes a note to it."""
+    try:
+        yield
+    except BaseException as error:
+        for problem in _close_each(callbacks):
+            error.add_note(f"closing the run's records failed too: {problem!r}")
+        raise
+    if problems := _close_each(callbacks):
+        raise problems[0]
+
+
+def _close_each(callbacks: list[Callback]) -> list[Exception]:
+    problems = []
+    for callback in callbacks:
+        try:
             callback.close()
+        except Exception as problem:
+            problems.append(problem)
+    return problems
 
 
 def _train(
@@ -162,9 +184,12 @@ def _watched(
         inner = ActivationWatch(job, step, callbacks, first_step=first_step)
     if monitor is None:
         return inner
-    expected = expectation(job, step.built) if job.fabric.profile is not None else None
     return monitor.around(
-        inner, step.built, expected=expected, is_saving=lambda: store.is_saving, first_step=first_step
+        inner,
+        step.built,
+        expected=lambda: expectation(job, step.built),
+        is_saving=lambda: store.is_saving,
+        first_step=first_step,
     )
 
 

@@ -43,13 +43,22 @@ class FlightDurations:
         return TappedStep(records=tuple(records), cost_s=perf_counter() - entered)
 
 
-def enable() -> None:
-    """Has every NCCL group of this process that exists now time its collectives: two events on the GPU for each."""
+def enable() -> tuple[str, ...]:
+    """Has every NCCL group of this process that exists now time its collectives: two events on the GPU for each.
+
+    Returns the names of those that cannot: a group with gloo for the CPU beside NCCL asks both, and gloo refuses.
+    """
     import torch.distributed as dist
 
+    untimed = []
     for group in list(dist.distributed_c10d._world.pg_map):
-        if "nccl" in dist.get_backend(group):
+        if "nccl" not in dist.get_backend(group):
+            continue
+        try:
             group._enable_collectives_timing()  # type: ignore[attr-defined]
+        except Exception:
+            untimed.append(group.group_desc or group.group_name)
+    return tuple(untimed)
 
 
 def records_of(entries: Iterable[Mapping[str, Any]], since_ns: int, until_ns: int) -> list[Record]:

@@ -61,14 +61,21 @@ class RankMonitor:
     def begin(self, step: int) -> None:
         """Step `step` begins."""
         if self._cadence.due(step) and self._quiet():
-            self._source.start()
             self._watching = True
+            self._source.start()
 
     def end(self, step: int) -> None:
         """It is over, by exception or not."""
         if self._watching:
             self._watching = False
             self._seen = step, self._source.stop()
+
+    def abandon(self) -> None:
+        """Nothing is watched any more, and nothing left in the way: after a method has raised."""
+        self._seen = None
+        if self._watching:
+            self._watching = False
+            self._source.stop()
 
     def tell(self, step: int, step_s: float) -> None:
         """Sends what was seen of step `step`, if it was watched, which took `step_s` seconds with its data."""

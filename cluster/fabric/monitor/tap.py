@@ -14,6 +14,7 @@ hold locks of their own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from time import perf_counter, thread_time
 from typing import Any
@@ -77,13 +78,13 @@ class CollectiveTap:
         """From here on collectives are timed. Between steps, on the thread that trains."""
         entered = thread_time()
         page = self._page = _Page()
+        self._work_wait = dist.Work.wait  # first, so that `stop` can undo half a start
         c10d = torch.library.Library("c10d", "IMPL")
         functional = torch.library.Library("_c10d_functional", "IMPL")
         self._libraries = [c10d, functional]
         for name in _OPERATORS:
             c10d.impl(name, _timed(name, page), _KEY, with_keyset=True)
         functional.impl("wait_tensor", _timed_wait_tensor(page), _KEY, with_keyset=True)
-        self._work_wait = dist.Work.wait
         setattr(dist.Work, "wait", _timed_wait(self._work_wait, page))  # noqa: B010 - mypy takes it for a final method
         page.cost_s += thread_time() - entered
 
@@ -91,9 +92,12 @@ class CollectiveTap:
         """Puts everything back as it was, and says what has been seen since `start`."""
         entered = thread_time()
         page = self._page
-        setattr(dist.Work, "wait", self._work_wait)  # noqa: B010
-        for library in self._libraries:
-            library._destroy()
+        if self._work_wait is not None:
+            setattr(dist.Work, "wait", self._work_wait)  # noqa: B010
+            self._work_wait = None
+        with ExitStack() as libraries:
+            for library in self._libraries:
+                libraries.callback(library._destroy)
         self._libraries = []
         page.works.clear()
         _count_unseen_waits(page)
@@ -113,23 +117,37 @@ def _timed(name: str, page: _Page) -> Callable[..., Any]:
         started = perf_counter()
         result = operator.redispatch(keyset & below, *args)
         returned = thread_time()  # not the wall's: on a busy machine others have their turn in between
-        record = Record(
-            group=dist.ProcessGroup.unbox(args[group_at]).group_name,
-            kind=kind,
-            num_bytes=sum(tensor.nbytes for tensor in _tensors(args[bytes_at])),
-            started=started,
-        )
-        page.records.append(record)
-        page.unseen[id(record)] = record
-        work = dist.Work.unbox(result[-1] if isinstance(result, tuple) else result)
-        page.works[id(work)] = (work, record)
-        for output in _tensors(args[0]):
-            page.outputs[_storage_of(output)] = (id(work), record)
-        _watch_end(work, record, page)
+        # The collective is under way, and whoever called it must get its Work, whatever cannot be noted of it.
+        with suppress(Exception):
+            record = Record(
+                group=dist.ProcessGroup.unbox(args[group_at]).group_name,
+                kind=kind,
+                num_bytes=sum(_num_bytes(tensor) for tensor in _tensors(args[bytes_at])),
+                started=started,
+            )
+            work = dist.Work.unbox(result[-1] if isinstance(result, tuple) else result)
+            _note(page, record, work, _tensors(args[0]))
         page.cost_s += thread_time() - returned + _CALL_S
         return result
 
     return call
+
+
+def _note(page: _Page, record: Record, work: Any, outputs: list[Tensor]) -> None:
+    page.records.append(record)
+    page.unseen[id(record)] = record
+    page.works[id(work)] = (work, record)
+    _watch_end(work, record, page)
+    for output in outputs:
+        if output.layout == torch.strided:  # others have no storage, and functional collectives do not take them
+            page.outputs[_storage_of(output)] = (id(work), record)
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Of its data; of a sparse tensor with its places."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._values().nbytes + tensor._indices().nbytes
+    return tensor.numel() * tensor.element_size()
 
 
 def _watch_end(work: Any, record: Record, page: _Page) -> None:
@@ -170,10 +188,11 @@ def _timed_wait_tensor(page: _Page) -> Callable[..., Any]:
     def call(keyset: Any, tensor: Tensor) -> Any:
         started = perf_counter()
         result = operator.redispatch(keyset & below, tensor)
-        key, record = page.outputs.pop(_storage_of(tensor), (0, None))
-        page.works.pop(key, None)
-        if record is not None:
-            _waited(page, record, started)
+        with suppress(Exception):
+            key, record = page.outputs.pop(_storage_of(tensor), (0, None))
+            page.works.pop(key, None)
+            if record is not None:
+                _waited(page, record, started)
         return result
 
     return call

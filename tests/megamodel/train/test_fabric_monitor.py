@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster.config import FabricConfig
 from cluster.fabric.groups import world_group
+from cluster.fabric.monitor import tap
+from cluster.fabric.monitor.tap import CollectiveTap
+from cluster.fabric.watch.rank_side import Watch
 from megamodel.model.decoder import Decoder
+from megamodel.train.callbacks import fabric as fabric_callback
+from megamodel.train.callbacks.base import Callback
+from megamodel.train.callbacks.fabric import FabricMonitor
 from megamodel.train.job import TrainingJob, TrainingResult
+from megamodel.train.run import _closing
 from parallel.world import World
 from tests.cluster.fabric.collectives import FakeCollectives, swept
 from tests.gloo_pool import GlooPool
@@ -116,3 +127,113 @@ def _train_unevenly(world: World, job: TrainingJob) -> TrainingResult:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _train_with_a_broken_part(world: World, job: TrainingJob, broken: str) -> TrainingResult:
+    """Something of the monitor raises on rank 1 alone, whenever it is used."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    owner, name = {
+        "begin": (CollectiveTap, "start"),
+        "end": (tap, "_count_unseen_waits"),
+        "tell": (Watch, "send"),
+        "close": (Watch, "close"),
+        "members": (fabric_callback, "_members"),
+        "make": (fabric_callback, "RankMonitor"),
+    }[broken]
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(owner, name, fail)
+        return train_job(world, job)
+
+
+@pytest.mark.parametrize("broken", ["begin", "end", "tell", "close", "members", "make"])
+def test_a_broken_monitor_does_not_end_the_run(gloo_ranks: GlooPool, tmp_path: Path, broken: str) -> None:
+    job = _job(tmp_path, broken, "on", layout={}, checkpoint={"every_steps": 0})
+    prepared(job)
+    gloo_ranks(2, _train_with_a_broken_part, job, broken, timeout_s=150.0)
+    assert len(losses(job)) == 12
+
+
+class _SilentWatch:
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    def send(self, kind: str, payload: Mapping[str, Any]) -> bool:
+        self.sent.append(kind)
+        return True
+
+    def close(self) -> None:
+        raise OSError(9, "Bad file descriptor")
+
+
+def _callback(directory: Path, scalars: Any = ()) -> tuple[FabricMonitor, _SilentWatch, io.StringIO]:
+    watch, page = _SilentWatch(), io.StringIO()
+    world = SimpleNamespace(rank=0, world_size=2, is_main=True, device=SimpleNamespace(type="cpu"))
+    job = SimpleNamespace(run_directory=directory, fabric=FabricConfig(monitor="on"))
+    monitor = FabricMonitor(job, world, watch, console=Console(file=page), scalars=scalars)  # type: ignore[arg-type]
+    return monitor, watch, page
+
+
+def test_a_torn_line_is_passed_over(tmp_path: Path) -> None:
+    monitor, _, page = _callback(tmp_path)
+    (tmp_path / "fabric").mkdir()
+    (tmp_path / "fabric" / "findings.jsonl").write_text('{"sent\n\n7\n{"sentence": "rank 1 is late."}\n{"sent')
+    monitor.on_step(SimpleNamespace(step=1, step_time_s=0.1))  # type: ignore[arg-type]
+    assert page.getvalue() == "fabric: rank 1 is late.\n"
+
+
+def test_what_cannot_be_shown_is_told_once(tmp_path: Path) -> None:
+    monitor, _, page = _callback(tmp_path)
+    (tmp_path / "fabric").mkdir()
+    (tmp_path / "fabric" / "windows.jsonl").write_text("{}\n")
+    for step in range(3):
+        monitor._looked = 0.0
+        monitor.on_step(SimpleNamespace(step=step, step_time_s=0.1))  # type: ignore[arg-type]
+    monitor.close()
+    assert page.getvalue().splitlines() == [
+        "findings of the watch are shown no more: KeyError: 'wait_s'",
+        "the watch did not end in good order: OSError: [Errno 9] Bad file descriptor",
+    ]
+
+
+def test_a_monitor_that_fails_says_so_once_and_tells_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor, watch, page = _callback(tmp_path)
+    monkeypatch.setattr(CollectiveTap, "start", lambda self: 1 / 0)
+    done: list[int] = []
+    built = SimpleNamespace(mesh=SimpleNamespace(coordinate=lambda axis: 0))
+    step = monitor.around(
+        lambda batches, **_: done.append(len(batches)),  # type: ignore[arg-type,return-value]
+        built,  # type: ignore[arg-type]
+        expected=lambda: None,
+        is_saving=lambda: False,
+        first_step=1,
+    )
+    for _ in range(20):
+        step([], lr_factor=1.0, stop_requested=lambda: False)
+    assert len(done) == 20
+    assert page.getvalue() == "rank 0 times its collectives no more: ZeroDivisionError: division by zero\n"
+    assert watch.sent == ["durations_off"]
+
+
+class _Closing(Callback):
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+        if self.error is not None:
+            raise self.error
+
+
+def test_every_callback_is_closed_and_the_first_error_is_kept() -> None:
+    callbacks: list[Callback] = [_Closing(OSError("disk")), _Closing(), _Closing(OSError("net"))]
+    with pytest.raises(KeyError) as caught, _closing(callbacks):
+        raise KeyError("the reason")
+    assert len(caught.value.__notes__) == 2
+    assert all(each.closed for each in callbacks)  # type: ignore[attr-defined]
+    with pytest.raises(OSError, match="disk"), _closing(callbacks):
+        pass

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from cluster.fabric.monitor import tap as tap_module
 from cluster.fabric.monitor.durations import Record
 from cluster.fabric.monitor.tap import CollectiveTap
 from parallel.world import World
@@ -161,3 +162,65 @@ def _cost_when_off(world: World) -> list[str]:
 
 def test_between_taps_nothing_is_in_the_way(gloo_ranks: GlooPool) -> None:
     assert gloo_ranks(2, _cost_when_off) == [["True", "False"]] * 2
+
+
+def _sparse(world: World) -> tuple[int, list[int]]:
+    """An all-reduce of a tensor that has no storage, in a tapped step."""
+    x = torch.sparse_coo_tensor(torch.tensor([[world.rank]]), torch.ones(1), (4,))
+    tap = CollectiveTap()
+    tap.start()
+    try:
+        dist.all_reduce(x)
+    finally:
+        page = tap.stop()
+    return int(x.to_dense().sum()), [record.num_bytes for record in page.records]
+
+
+def test_sparse_gradients_are_reduced_as_without_the_tap(gloo_ranks: GlooPool) -> None:
+    assert gloo_ranks(2, _sparse) == [(2, [12]), (2, [12])]
+
+
+def _with_broken_notes(world: World) -> tuple[float, int]:
+    """The tap itself has a fault, after the collective is under way."""
+    original = tap_module._note
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("the tap is broken")
+
+    tap_module._note = fail
+    tap = CollectiveTap()
+    x = torch.ones(4)
+    tap.start()
+    try:
+        dist.all_reduce(x)
+    finally:
+        page = tap.stop()
+        tap_module._note = original
+    return float(x.sum()), len(page.records)
+
+
+def test_a_fault_of_the_tap_leaves_the_collective_alone(gloo_ranks: GlooPool) -> None:
+    assert gloo_ranks(2, _with_broken_notes) == [(8.0, 0), (8.0, 0)]
+
+
+def _half_a_start(world: World) -> tuple[bool, bool]:
+    """The last thing that `start` does fails."""
+    original, wait = tap_module._timed_wait_tensor, dist.Work.wait
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no kernel")
+
+    tap_module._timed_wait_tensor = fail
+    tap = CollectiveTap()
+    try:
+        tap.start()
+    except RuntimeError:
+        tap.stop()
+    finally:
+        tap_module._timed_wait_tensor = original
+    left = torch._C._dispatch_has_kernel_for_dispatch_key("c10d::allreduce_", "BackendSelect")
+    return dist.Work.wait is wait, left
+
+
+def test_half_a_start_can_be_undone(gloo_ranks: GlooPool) -> None:
+    assert gloo_ranks(1, _half_a_start) == [(True, False)]
