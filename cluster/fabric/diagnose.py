@@ -115,19 +115,20 @@ def _missing(session: Session, error: UnresponsiveError) -> Finding:
 
 def _stalled(session: Session, error: StalledError) -> Finding:
     ends = [rank for flow in error.flows for rank in flow]
-    # An end that all stalled flows share is the culprit; without one, all ends are named.
+    # An end that all stalled flows share is the culprit; without one, all ends are named. Where nobody knows of flows,
+    # those that waited in vain are all there is to name.
     shared = [rank for rank in dict.fromkeys(ends) if all(rank in flow for flow in error.flows)]
-    ranks = tuple(shared) if len(error.flows) > 1 and shared else tuple(dict.fromkeys(ends))
+    ranks = tuple(shared) if len(error.flows) > 1 and shared else tuple(dict.fromkeys(ends or error.ranks))
     hosts = _hosts_of(session, ranks)
-    flows = ", ".join(f"{a} to {b}" for a, b in error.flows)
-    return _broken(
-        "transport_fault",
-        hosts,
-        ranks,
-        f"Transfers at {names_in_words(hosts)} do not complete: all ranks answer, but nothing arrives from rank {flows}.",
-        during=error.during,
-        flows=[list(flow) for flow in error.flows],
-    )
+    if error.flows:
+        flows = ", ".join(f"{a} to {b}" for a, b in error.flows)
+        said = f"Transfers at {names_in_words(hosts)} do not complete: all ranks answer, but nothing arrives from rank {flows}."
+    else:
+        numbers = names_in_words([str(rank) for rank in ranks])
+        who = f"rank{'s' * (len(ranks) > 1)} {numbers}" + (f" ({names_in_words(hosts)})" if hosts else "")
+        said = f"Nothing comes through during {error.during}: all ranks answer, but {who} waited in vain."
+    flow_lists = [list(flow) for flow in error.flows]
+    return _broken("transport_fault", hosts, ranks, said, during=error.during, flows=flow_lists)
 
 
 def _broken(kind: Kind, hosts: tuple[str, ...], ranks: Sequence[int], said: str, **evidence: Any) -> Finding:

@@ -40,13 +40,21 @@ class UnresponsiveError(Exception):
 
 
 class StalledError(Exception):
-    """All ranks answer on the side channel, and a transfer does not complete. `flows`: world ranks, sender and receiver."""
+    """All ranks answer on the side channel, and a transfer or a collective does not complete.
 
-    def __init__(self, flows: Sequence[tuple[int, int]], during: str) -> None:
+    `flows`: world ranks, sender and receiver, of each transfer. `ranks`: world ranks that waited until their time was up,
+    which is all that is known where ranks connect or run a collective: then there are no flows.
+    """
+
+    def __init__(self, flows: Sequence[tuple[int, int]], during: str, *, ranks: Sequence[int] = ()) -> None:
         self.flows = tuple(flows)
+        self.ranks = tuple(ranks)
         self.during = during
         listing = ", ".join(f"{sender}->{receiver}" for sender, receiver in flows)
-        super().__init__(f"transfers {listing} did not complete during {during}")
+        said = (
+            f"transfers {listing} did not complete" if flows else f"rank(s) {', '.join(map(str, ranks))} waited in vain"
+        )
+        super().__init__(f"{said} during {during}")
 
 
 class Fabric(Protocol):

@@ -26,7 +26,9 @@ def time_in_words(seconds: float) -> str:
 
 
 def names_in_words(hosts: Sequence[str], most: int = 8) -> str:
-    """`h0, h1 and h2`, or the first few and how many more."""
+    """`h0, h1 and h2`, or the first few and how many more; `nobody` where there are none."""
+    if not hosts:
+        return "nobody"
     if len(hosts) > most:
         return f"{', '.join(hosts[:most])} and {len(hosts) - most} more"
     return hosts[0] if len(hosts) == 1 else f"{', '.join(hosts[:-1])} and {hosts[-1]}"
@@ -48,7 +50,9 @@ def sentence(kind: Kind, hosts: Sequence[str], evidence: Mapping[str, Any], conf
                 + certain
             )
         case "congested_uplink":
-            return _congested(evidence) + certain
+            return (
+                _congested(evidence) if evidence.get("leaves_known", True) else _together(hosts, evidence)
+            ) + certain
     return f"{names_in_words(hosts)}: {kind}" + certain
 
 
@@ -74,3 +78,12 @@ def _congested(evidence: Mapping[str, Any]) -> str:
     groups = f"{names_in_words(evidence['from_hosts'])} and {names_in_words(evidence['to_hosts'])}"
     way = "between" if evidence["both_ways"] else "from the first to the second of"
     return f"The uplink is congested {way} {groups}: {_rates(evidence)} within them; {evidence['competitors_in_words']}"
+
+
+def _together(hosts: Sequence[str], evidence: Mapping[str, Any]) -> str:
+    way = "send" if hosts[0] in evidence["from_hosts"] else "receive"
+    ways = "send and receive" if evidence["both_ways"] else way
+    said = (
+        f"{names_in_words(hosts)} {ways} slowly, all of them: {_rates(evidence)} of others: rather something that they "
+    )
+    return said + "share, such as a congested uplink, than each of them; which leaf switch a host hangs on is not known"

@@ -230,9 +230,9 @@ def _require_completion(commands: Mapping[int, Message], answers: Mapping[int, M
     reasons = {rank: answer["stalled"] for rank, answer in answers.items() if "stalled" in answer}
     if reasons and not flows:
         rank, reason = next(iter(reasons.items()))
-        raise StalledError([], f"{during} ({len(reasons)} ranks stopped waiting; rank {rank}: {reason})")
+        raise StalledError([], f"{during} (rank {rank}: {reason})", ranks=sorted(reasons))
     if flows:
-        raise StalledError(list(flows), during)
+        raise StalledError(list(flows), during, ranks=sorted(reasons))
 
 
 def _unfinished(command: Message, answer: Message) -> list[Any]:

@@ -124,6 +124,20 @@ def test_the_end_that_all_stalled_transfers_share_is_the_finding() -> None:
     assert single.hosts == ("n0", "n2")
 
 
+def test_ranks_that_waited_in_vain_are_the_finding_where_no_transfer_is_known() -> None:
+    (finding,) = said(StalledError([], "connecting (rank 1: no route)", ranks=[1, 2])).findings
+    assert (finding.kind, finding.hosts, finding.ranks) == ("transport_fault", ("n1", "n2"), (1, 2))
+    assert finding.sentence == (
+        "Nothing comes through during connecting (rank 1: no route): all ranks answer, but ranks 1 and 2 (n1 and n2) waited "
+        "in vain."
+    )
+
+
+def test_a_stall_of_which_nothing_is_known_is_a_finding_too() -> None:
+    (finding,) = said(StalledError([], "connecting")).findings
+    assert (finding.kind, finding.hosts, finding.ranks) == ("transport_fault", (), ())
+
+
 def test_one_host_alone_has_no_network_to_diagnose() -> None:
     fabric = BrokenFabric(RuntimeError("never asked"), at_transfer=0)
     fabric.endpoints = fabric.endpoints[:1]
