@@ -15,6 +15,7 @@ from cluster.fabric.statistics import contrast
 from cluster.fabric.wide.layout import NO_FLOWS, without
 from cluster.fabric.wide.survey import Survey
 from cluster.fabric.wide.suspicion import SuspectLeaf, suspect_leaves, suspect_paths
+from cluster.fabric.wide.together import without_scapegoats
 
 _LEAST_ROUNDS = 2
 _ROUNDS_WITHOUT_LEAVES = 6
@@ -43,12 +44,13 @@ _CONTROLS = 200
 def slow_network(session: Session) -> list[Slow]:
     """Eight rounds, for any number of endpoints under leaves of 30 or more; six where nothing is suspected.
 
-    Where leaves are not known, two more for each doubling of the number, and senders and receivers alone are found.
+    Where leaves are not known, two more for each doubling of the number; senders and receivers alone are told apart, and
+    what many of them share.
     """
     survey = Survey(session)
     survey.run()
     confirmation = Confirmation(survey)
-    return confirmation.run() if confirmation.needed else []
+    return without_scapegoats(survey, confirmation.run()) if confirmation.needed else []
 
 
 class Confirmation:
