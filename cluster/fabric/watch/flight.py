@@ -1,7 +1,9 @@
 """What this process's flight recorder of torch tells: which collectives it called, on which group, and which are done.
 
-The one place that knows torch's records. The recorder runs for NCCL and, from torch 2.13 on, for gloo, where it knows
-collectives but no messages between two ranks. It keeps the last 2,000 calls unless TORCH_FR_BUFFER_SIZE says otherwise.
+The one place that knows torch's records. There are two recorders: one for NCCL (`_dump_nccl_trace`, in builds with NCCL) and,
+from torch 2.13 on, one for gloo (`_dump_fr_trace`), which knows collectives but no messages between two ranks. Each counts
+its own calls, also on a group that has both backends, so that the two are told as two groups. A recorder keeps the last 2,000
+calls unless TORCH_FR_BUFFER_SIZE says otherwise.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ import json
 import math
 import pickle
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.errors import FabricError
 from cluster.fabric.watch.habits import HabitualCall
 from cluster.fabric.watch.state import NO_PEER, Call, GroupCalls
 
@@ -25,31 +27,65 @@ _BY_NAME_ALONE = frozenset({"gather", "scatter", "barrier"})
 """Ranks of one call may rightly give tensors of other sizes and types, or none."""
 _BY_TYPE = frozenset({"all_to_all", "alltoall_base", "all_to_allv"})
 """Sizes may rightly differ between ranks."""
+_NCCL = "nccl"
+_RECORDERS: Mapping[str, str] = {_NCCL: "_dump_nccl_trace", "other": "_dump_fr_trace"}
+"""torch's functions; with `_json` appended they give the counts of calls alone, and fast. In a build with NCCL both exist,
+and the second knows nothing of NCCL."""
 _PEER = re.compile(r"(?:send|recv) (\d+)(?:->|<-)(\d+)")
 
 
-def counters() -> tuple[tuple[str, int, int], ...]:
+def counters() -> tuple[tuple[str, int, int], ...] | None:
     """(group, last call, last done) for each group of this process: changes whenever a collective begins or ends.
 
-    Takes less than a millisecond, however much the recorder holds.
+    None where nothing can be said yet: there is a group on NCCL, and its recorder holds no call. Takes less than a
+    millisecond, however much the recorders hold. Raises FabricError where this torch has groups on NCCL and cannot tell of
+    them.
     """
     from torch._C import _distributed_c10d as c10d
 
-    if not hasattr(c10d, "_dump_fr_trace_json"):
-        return ()
-    groups = json.loads(c10d._dump_fr_trace_json(includeCollectives=False))["pg_status"]
-    return tuple(
-        (name, int(each["last_enqueued_collective"]), int(each["last_completed_collective"]))
-        for name, each in sorted(groups.items())
-    )
+    found: list[tuple[str, int, int]] = []
+    uses_nccl = _uses_nccl()
+    _require_nccl_recorder(c10d, uses_nccl)
+    for backend, function in _RECORDERS.items():
+        dump = getattr(c10d, f"{function}_json", None)
+        groups = json.loads(dump(includeCollectives=False)).get("pg_status", {}) if dump else {}
+        if backend == _NCCL and uses_nccl and not groups:
+            return None
+        found += [
+            (f"{backend} {name}", int(each["last_enqueued_collective"]), int(each["last_completed_collective"]))
+            for name, each in sorted(groups.items())
+        ]
+    return tuple(found)
 
 
 def recorded_calls() -> list[dict[str, Any]]:
-    """All calls that the recorder holds, the oldest first. Costs tens of milliseconds where it is full."""
+    """All calls that the recorders hold, the oldest first. Costs tens of milliseconds where they are full.
+
+    Raises FabricError where this torch has groups on NCCL and cannot tell of them.
+    """
     from torch._C import _distributed_c10d as c10d
 
-    dump = getattr(c10d, "_dump_fr_trace", None) or getattr(c10d, "_dump_nccl_trace", None)
-    return pickle.loads(dump(includeStackTraces=False)).get("entries", []) if dump else []
+    _require_nccl_recorder(c10d, _uses_nccl())
+    dumps = [getattr(c10d, function, None) for function in _RECORDERS.values()]
+    entries = [
+        entry for dump in dumps if dump for entry in pickle.loads(dump(includeStackTraces=False)).get("entries", [])
+    ]
+    return sorted(entries, key=lambda entry: int(entry["time_created_ns"]))
+
+
+def _uses_nccl() -> bool:
+    """Whether a group of this process runs on NCCL, alone or beside another backend."""
+    import torch.distributed as dist
+
+    return any(_NCCL in config for config in list(dist.distributed_c10d._world.pg_backend_config.values()))
+
+
+def _require_nccl_recorder(c10d: Any, uses_nccl: bool) -> None:
+    if uses_nccl and not hasattr(c10d, f"{_RECORDERS[_NCCL]}_json"):
+        raise FabricError(
+            "this torch has groups on NCCL and no flight recorder for them (torch._C._distributed_c10d._dump_nccl_trace_json):"
+            " the watch needs torch 2.5 or later"
+        )
 
 
 def group_members() -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -78,15 +114,17 @@ def group_calls(
 ) -> tuple[GroupCalls, ...]:
     """The last calls on each group in `members`; `now_ns` is in nanoseconds since 1970, as the recorder stamps calls."""
     latest = _latest_groups(entries)
-    by_group: dict[str, list[Call]] = defaultdict(list)
+    by_group: dict[str, dict[str, list[Call]]] = {name: {} for name in members}
     for entry in entries:
         name = entry["process_group"][0]
-        if name in members and entry["pg_id"] == latest[name]:
-            by_group[name].append(_call(entry, members[name][1], now_ns))
+        if name in members and entry["pg_id"] == latest[_counted_name(entry)]:
+            calls = by_group[name].setdefault(_counted_name(entry), [])
+            calls.append(_call(entry, members[name][1], now_ns))
     return tuple(
-        GroupCalls(name=name, axis=axis_name(name, description), ranks=ranks, calls=tuple(by_group[name][-KEPT_CALLS:]))
+        GroupCalls(name=counted, axis=axis_name(name, description), ranks=ranks, calls=tuple(calls[-KEPT_CALLS:]))
         for name, (description, ranks) in members.items()
         if len(ranks) > 1
+        for counted, calls in sorted((by_group[name] or {name: []}).items())
     )
 
 
@@ -95,22 +133,28 @@ def habitual_calls(entries: Sequence[Mapping[str, Any]]) -> list[HabitualCall]:
     latest = _latest_groups(entries)
     return [
         HabitualCall(
-            group=entry["process_group"][0],
+            group=_counted_name(entry),
             axis=axis_name(*entry["process_group"]),
             number=entry["collective_seq_id"],
             text=_text(entry),
             digest=_digest(entry),
         )
         for entry in entries
-        if not entry["is_p2p"] and entry["pg_id"] == latest[entry["process_group"][0]]
+        if not entry["is_p2p"] and entry["pg_id"] == latest[_counted_name(entry)]
     ]
+
+
+def _counted_name(entry: Mapping[str, Any]) -> str:
+    """A group as one backend counts its calls; the same on all ranks, whatever each has called so far."""
+    name = str(entry["process_group"][0])
+    return f"{name} on {_NCCL}" if entry["profiling_name"].startswith(f"{_NCCL}:") else name
 
 
 def _latest_groups(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """A process that opens a second world names its groups from the start again: the later one counts."""
     latest: dict[str, int] = {}
     for entry in entries:
-        name = entry["process_group"][0]
+        name = _counted_name(entry)
         latest[name] = max(latest.get(name, 0), entry["pg_id"])
     return latest
 

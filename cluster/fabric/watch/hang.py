@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from cluster.fabric.findings import Finding
 from cluster.fabric.watch import hang_findings as told
@@ -56,6 +57,56 @@ class _Wait:
     seconds: float
 
 
+class _Scene:
+    """The ranks and their waits, with what is asked of them again and again: thousands of ranks may wait for one."""
+
+    def __init__(self, states: Mapping[int, RankState], waits: Sequence[_Wait]) -> None:
+        self.states = states
+        self.waits = waits
+        self._absent: dict[tuple[str, int, int | None], tuple[int, ...]] = {}
+
+    def absent(self, place: Place) -> tuple[int, ...]:
+        """Ranks of the group that have not called this collective; of a message, its other end."""
+        node = _node(place)
+        if node not in self._absent:
+            self._absent[node] = self._find_absent(place)
+        return self._absent[node]
+
+    def who_waits_for(self, rank: int) -> Mapping[int, _Wait]:
+        """Ranks that wait for this one, each with a wait."""
+        return self._waiters.get(rank, {})
+
+    def own_breaks(self, state: RankState) -> list[Break]:
+        """Where this rank left its habit and most others did not do the same."""
+        known = sum(bool(other.groups) for other in self.states.values())
+        most = max(1.0, _SINGULAR_SHARE * (known - 1))
+        return [each for each in state.breaks if self._shared[each.due_digest, each.came] <= most]
+
+    def _find_absent(self, place: Place) -> tuple[int, ...]:
+        if place.call.peer is not None:
+            return (place.call.peer,) if place.call.peer != NO_PEER else ()
+        return tuple(rank for rank in place.group.ranks if not _has_entered(self.states.get(rank), place))
+
+    @cached_property
+    def _waiters(self) -> dict[int, dict[int, _Wait]]:
+        waiters: dict[int, dict[int, _Wait]] = {}
+        for wait in self.waits:
+            for rank in self.absent(wait.place) if wait.place else ():
+                waiters.setdefault(rank, {})[wait.rank] = wait
+        return waiters
+
+    @cached_property
+    def _shared(self) -> Counter[tuple[str, str]]:
+        """How many ranks left their habits in the same way."""
+        known = [state for state in self.states.values() if state.groups]
+        return Counter(pair for state in known for pair in {(each.due_digest, each.came) for each in state.breaks})
+
+
+def _node(place: Place) -> tuple[str, int, int | None]:
+    """A call, the same for all ranks that wait in it."""
+    return place.group.name, place.call.number, place.call.peer
+
+
 def waiting_ranks(states: Mapping[int, RankState], seconds: float) -> tuple[int, ...]:
     """Ranks that have waited for others for so long."""
     return tuple(sorted({wait.rank for wait in _waits(states, seconds)}))
@@ -70,14 +121,15 @@ def find_hangs(states: Mapping[int, RankState], patience: Patience) -> tuple[Fin
         return ()
     # Those who began to wait a little later show where the run first stood still.
     waits = _waits(states, _ALMOST_SHARE * patience.hang_seconds)
+    scene = _Scene(states, waits)
     gone = [state for state in states.values() if state.life in ("dead", "stopped", "silent", "unreachable")]
     if gone:
-        return tuple(_gone(state, waits, states) for state in sorted(gone, key=lambda state: state.rank))
-    if mismatches := _mismatches(states, waits):
+        return tuple(_gone(state, scene) for state in sorted(gone, key=lambda state: state.rank))
+    if mismatches := _mismatches(scene):
         return mismatches
-    if late := _late(states, waits):
-        return _missing(late, states, waits, patience)
-    return _circles(states, waits) or _transport(states, waits, patience)
+    if late := _late(scene):
+        return _missing(late, scene, patience)
+    return _circles(scene) or _transport(scene, patience)
 
 
 def _waits(states: Mapping[int, RankState], seconds: float) -> list[_Wait]:
@@ -99,26 +151,15 @@ def _waits(states: Mapping[int, RankState], seconds: float) -> list[_Wait]:
 
 def _first(waits: Sequence[_Wait], states: Mapping[int, RankState]) -> _Wait:
     """The wait that came first in the order of the program; among those that this cannot tell, the longest."""
-
-    def order(wait: _Wait) -> tuple[int, float]:
-        others = [states[other.rank] for other in waits if other.rank != wait.rank]
-        return sum(told.has_passed(other, wait.place) for other in others) if wait.place else 0, wait.seconds
-
-    return max(waits, key=order)
+    ahead = told.Ahead([states[wait.rank] for wait in waits])
+    return max(waits, key=lambda wait: (ahead.of(states[wait.rank], wait.place) if wait.place else 0, wait.seconds))
 
 
-def _gone(state: RankState, waits: Sequence[_Wait], states: Mapping[int, RankState]) -> Finding:
-    missed = [wait for wait in waits if wait.place and state.rank in _absent(wait.place, states)]
-    missed = missed or [wait for wait in waits if wait.place and state.rank in wait.place.group.ranks]
-    first = _first(missed or waits, states)
-    return told.missing(state, first.place, first.seconds, sorted({wait.rank for wait in waits}))
-
-
-def _absent(place: Place, states: Mapping[int, RankState]) -> list[int]:
-    """Ranks of the group that have not called this collective; of a message, its other end."""
-    if place.call.peer is not None:
-        return [place.call.peer] if place.call.peer != NO_PEER else []
-    return [rank for rank in place.group.ranks if not _has_entered(states.get(rank), place)]
+def _gone(state: RankState, scene: _Scene) -> Finding:
+    missed = list(scene.who_waits_for(state.rank).values())
+    missed = missed or [wait for wait in scene.waits if wait.place and state.rank in wait.place.group.ranks]
+    first = _first(missed or scene.waits, scene.states)
+    return told.missing(state, first.place, first.seconds, sorted({wait.rank for wait in scene.waits}))
 
 
 def _has_entered(state: RankState | None, place: Place) -> bool:
@@ -126,137 +167,129 @@ def _has_entered(state: RankState | None, place: Place) -> bool:
     return group is not None and group.entered is not None and group.entered >= place.call.number
 
 
-def _mismatches(states: Mapping[int, RankState], waits: Sequence[_Wait]) -> tuple[Finding, ...]:
+def _mismatches(scene: _Scene) -> tuple[Finding, ...]:
     """Of each group in which somebody waits, the first number under which ranks called different things."""
-    found: dict[str, Finding] = {}
-    for wait in waits:
-        place = wait.place
-        if place is None or place.call.peer is not None or place.group.name in found:
-            continue
-        for number in sorted(call.number for call in place.group.calls if call.peer is None):
-            calls = {
-                rank: call
-                for rank in place.group.ranks
-                if rank in states and (group := states[rank].group(place.group.name)) and (call := group.call(number))
-            }
-            is_open = not all(call.done for call in calls.values())
-            if is_open and len({call.digest for call in calls.values()}) > 1:
-                blamed = _blame_for_mismatch({rank: call.digest for rank, call in calls.items()}, states)
-                skipped = [
-                    rank
-                    for rank in blamed
-                    for each in own_breaks(states[rank], states)
-                    if each.is_skip and (each.group, each.number) == (place.group.name, number)
-                ]
-                members = [states[rank] for rank in blamed]
-                found[place.group.name] = told.mismatch(
-                    members, place.group, number, calls, wait.seconds, skipped=skipped
-                )
-                break
-    return tuple(found.values())
+    waits: dict[str, _Wait] = {}
+    numbers: dict[str, set[int]] = {}
+    for wait in scene.waits:
+        if wait.place is not None and wait.place.call.peer is None:
+            group = wait.place.group
+            waits.setdefault(group.name, wait)
+            numbers.setdefault(group.name, set()).update(call.number for call in group.calls if call.peer is None)
+    found = (_mismatch(wait, sorted(numbers[name]), scene) for name, wait in waits.items())
+    return tuple(finding for finding in found if finding is not None)
 
 
-def _blame_for_mismatch(digests: Mapping[int, str], states: Mapping[int, RankState]) -> list[int]:
+def _mismatch(wait: _Wait, numbers: Sequence[int], scene: _Scene) -> Finding | None:
+    assert wait.place is not None
+    group = wait.place.group
+    views = {
+        rank: view for rank in group.ranks if (state := scene.states.get(rank)) and (view := state.group(group.name))
+    }
+    for number in numbers:
+        calls = {rank: call for rank, view in views.items() if (call := view.call(number))}
+        is_open = not all(call.done for call in calls.values())
+        if is_open and len({call.digest for call in calls.values()}) > 1:
+            blamed = _blame_for_mismatch({rank: call.digest for rank, call in calls.items()}, scene)
+            skipped = [
+                rank
+                for rank in blamed
+                for each in scene.own_breaks(scene.states[rank])
+                if each.is_skip and (each.group, each.number) == (group.name, number)
+            ]
+            members = [scene.states[rank] for rank in blamed]
+            return told.mismatch(members, group, number, calls, wait.seconds, skipped=skipped)
+    return None
+
+
+def _blame_for_mismatch(digests: Mapping[int, str], scene: _Scene) -> list[int]:
     (common, count), *_ = Counter(digests.values()).most_common(1)
     if 2 * count > len(digests):
         return [rank for rank, digest in digests.items() if digest != common]
-    return [rank for rank in digests if own_breaks(states[rank], states)] or list(digests)
+    return [rank for rank in digests if scene.own_breaks(scene.states[rank])] or list(digests)
 
 
 def own_breaks(state: RankState, states: Mapping[int, RankState]) -> list[Break]:
     """Where this rank left its habit and most others did not do the same."""
-    known = [other for other in states.values() if other.groups]
-    most = max(1.0, _SINGULAR_SHARE * (len(known) - 1))
-    return [
-        each
-        for each in state.breaks
-        if sum((each.due_digest, each.came) in {(b.due_digest, b.came) for b in other.breaks} for other in known)
-        <= most
-    ]
+    return _Scene(states, ()).own_breaks(state)
 
 
-def _late(states: Mapping[int, RankState], waits: Sequence[_Wait]) -> dict[int, list[_Wait]]:
+def _late(scene: _Scene) -> dict[int, list[_Wait]]:
     """Ranks that others wait for and that wait for nobody themselves, each with the waits for it."""
-    waiters = {wait.rank for wait in waits}
+    waiters = {wait.rank for wait in scene.waits}
     late: dict[int, list[_Wait]] = {}
-    for wait in waits:
-        for rank in _absent(wait.place, states) if wait.place else []:
+    for wait in scene.waits:
+        for rank in scene.absent(wait.place) if wait.place else ():
             if rank not in waiters:
                 late.setdefault(rank, []).append(wait)
-    if not late and any(wait.place is None for wait in waits):  # for a message, from somebody who does not wait
-        others = [rank for rank, state in states.items() if rank not in waiters and state.life != "ended"]
-        late = {rank: list(waits) for rank in others}
+    if not late and any(wait.place is None for wait in scene.waits):  # a message, from somebody who does not wait
+        others = [rank for rank, state in scene.states.items() if rank not in waiters and state.life != "ended"]
+        late = {rank: list(scene.waits) for rank in others}
     return late
 
 
-def _missing(
-    late: Mapping[int, Sequence[_Wait]],
-    states: Mapping[int, RankState],
-    waits: Sequence[_Wait],
-    patience: Patience,
-) -> tuple[Finding, ...]:
-    waiters = sorted({wait.rank for wait in waits})
-    first = {rank: _first(missed, states) for rank, missed in sorted(late.items())}
-    return tuple(
-        told.missing(states[rank], wait.place, wait.seconds, waiters)
-        for rank, wait in first.items()
-        if max(each.seconds for each in late[rank]) >= patience.of(states[rank])
-    )
+def _missing(late: Mapping[int, Sequence[_Wait]], scene: _Scene, patience: Patience) -> tuple[Finding, ...]:
+    waiters = sorted({wait.rank for wait in scene.waits})
+    due = {
+        rank: missed
+        for rank, missed in sorted(late.items())
+        if max(wait.seconds for wait in missed) >= patience.of(scene.states[rank])
+    }
+    firsts = {rank: _first(missed, scene.states) for rank, missed in due.items()}
+    return tuple(told.missing(scene.states[rank], wait.place, wait.seconds, waiters) for rank, wait in firsts.items())
 
 
-def _circles(states: Mapping[int, RankState], waits: Sequence[_Wait]) -> tuple[Finding, ...]:
+def _circles(scene: _Scene) -> tuple[Finding, ...]:
     """Ranks that wait for one another in different collectives: the one out of step is named."""
-    edges: dict[int | tuple[str, int], set[int | tuple[str, int]]] = {}
-    for wait in waits:
+    edges: dict[int | tuple[str, int, int | None], set[int | tuple[str, int, int | None]]] = {}
+    for wait in scene.waits:
         if wait.place is None:
             continue
-        if absent := _absent(wait.place, states):
-            node = (wait.place.group.name, wait.place.call.number)
+        if absent := scene.absent(wait.place):
+            node = _node(wait.place)
             edges.setdefault(wait.rank, set()).add(node)
-            edges[node] = set(absent)
+            if node not in edges:
+                edges[node] = set(absent)
     found = []
     for members in roots(edges):
         ranks = sorted(member for member in members if isinstance(member, int))
-        for rank in _blame_for_circle(ranks, states, waits):
-            found.append(_out_of_step(states[rank], states, waits))
+        for rank in _blame_for_circle(ranks, scene):
+            found.append(_out_of_step(scene.states[rank], scene))
     return tuple(found)
 
 
-def _blame_for_circle(ranks: Sequence[int], states: Mapping[int, RankState], waits: Sequence[_Wait]) -> Sequence[int]:
-    broken = [rank for rank in ranks if own_breaks(states[rank], states)]
+def _blame_for_circle(ranks: Sequence[int], scene: _Scene) -> Sequence[int]:
+    broken = [rank for rank in ranks if scene.own_breaks(scene.states[rank])]
     if broken:
         return broken
-    counts = Counter({rank: len(_who_waits_for(rank, states, waits)) for rank in ranks})
+    counts = {rank: len(scene.who_waits_for(rank)) for rank in ranks}
     most = max(counts.values())
     return [rank for rank in ranks if counts[rank] == most]
 
 
-def _who_waits_for(rank: int, states: Mapping[int, RankState], waits: Sequence[_Wait]) -> dict[int, _Wait]:
-    return {wait.rank: wait for wait in waits if wait.place and rank in _absent(wait.place, states)}
-
-
-def _out_of_step(state: RankState, states: Mapping[int, RankState], waits: Sequence[_Wait]) -> Finding:
-    missed = _who_waits_for(state.rank, states, waits)
-    breaks = own_breaks(state, states)
+def _out_of_step(state: RankState, scene: _Scene) -> Finding:
+    missed = scene.who_waits_for(state.rank)
+    breaks = scene.own_breaks(state)
     skipped = {(each.group, each.number) for each in breaks}
     at_break = [
         wait for wait in missed.values() if wait.place and (wait.place.group.name, wait.place.call.number) in skipped
     ]
-    first = _first(at_break or list(missed.values()), states)
-    own = next((wait.place for wait in waits if wait.rank == state.rank and wait.place), None)
+    first = _first(at_break or list(missed.values()), scene.states)
+    own = next((wait.place for wait in scene.waits if wait.rank == state.rank and wait.place), None)
     assert first.place is not None
     return told.out_of_step(state, first.place, own, first.seconds, sorted(missed), is_known=bool(breaks))
 
 
-def _transport(states: Mapping[int, RankState], waits: Sequence[_Wait], patience: Patience) -> tuple[Finding, ...]:
+def _transport(scene: _Scene, patience: Patience) -> tuple[Finding, ...]:
     """All have come, and it does not end."""
     limit = max(_TRANSPORT_FACTOR * patience.hang_seconds, _USUAL_MARGIN * patience.usual_wait_s)
-    stuck = [wait for wait in waits if wait.seconds >= limit and not (wait.place and _absent(wait.place, states))]
+    stuck = [wait for wait in scene.waits if wait.seconds >= limit and not (wait.place and scene.absent(wait.place))]
     if not stuck:
         return ()
     first = max(stuck, key=lambda wait: wait.seconds)
-    if first.place is None and len({wait.rank for wait in stuck}) < len(states):
+    if first.place is None and len({wait.rank for wait in stuck}) < len(scene.states):
         return ()
     name = first.place.group.name if first.place else None
     same = [wait.rank for wait in stuck if (wait.place.group.name if wait.place else None) == name]
-    return (told.transport([states[rank] for rank in sorted(set(same))], first.place, first.seconds),)
+    members = [scene.states[rank] for rank in sorted(set(same))]
+    return (told.transport(members, first.place, first.seconds),)

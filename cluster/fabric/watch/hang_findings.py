@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,10 +82,9 @@ def died(state: RankState, others: Mapping[int, RankState]) -> Finding:
     last = {rank: place for rank, other in others.items() if (place := _last_place(other))}
     held = [rank for rank, place in last.items() if state.rank in place.group.ranks]
 
-    def order(rank: int) -> tuple[int, float]:
-        return sum(has_passed(others[other], last[rank]) for other in held if other != rank), last[rank].call.age_s
-
-    place = last[max(held, key=order)] if held else None
+    ahead = Ahead([others[rank] for rank in held])
+    first = max(held, key=lambda rank: (ahead.of(others[rank], last[rank]), last[rank].call.age_s), default=None)
+    place = None if first is None else last[first]
     seen = f", last seen at {state.place[0]}" if state.place else ""
     pending = f"; the others were in {place.text}" if place else ""
     return Finding(
@@ -97,12 +97,27 @@ def died(state: RankState, others: Mapping[int, RankState]) -> Finding:
     )
 
 
-def has_passed(state: RankState, place: Place) -> bool:
-    """Whether a rank, in its own group of that axis, has already done what is done in `place`: it was due before."""
-    numbers = [
-        call.number for group in state.groups if group.axis == place.group.axis for call in group.calls if call.done
-    ]
-    return max(numbers, default=0) >= place.call.number
+class Ahead:
+    """How many of some ranks have, each in its own group of an axis, already done what others are in: it was due before.
+
+    A rank counts as often as it is in `states`. Looks at each rank once per place, however often it is asked.
+    """
+
+    def __init__(self, states: Sequence[RankState]) -> None:
+        self._states = states
+        self._times = Counter(state.rank for state in states)
+        self._known: dict[tuple[str, int], int] = {}
+
+    def of(self, state: RankState, place: Place) -> int:
+        """Of `place`, in which `state` is: apart from itself."""
+        key = (place.group.axis, place.call.number)
+        if key not in self._known:
+            self._known[key] = sum(_has_passed(each, place) for each in self._states)
+        return self._known[key] - self._times[state.rank] * _has_passed(state, place)
+
+
+def _has_passed(state: RankState, place: Place) -> bool:
+    return state.last_done(place.group.axis) >= place.call.number
 
 
 def _last_place(state: RankState) -> Place | None:

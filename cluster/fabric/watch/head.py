@@ -22,6 +22,8 @@ from cluster.fabric.watch.status import RankStatus
 _ASK_SHARE = 0.5
 """Of `hang_seconds`: after such a wait the ranks are asked for all their calls."""
 _ASK_AGAIN_SECONDS = 3.0
+_ASK_SELDOM_SECONDS = 15.0
+"""Answering costs a rank up to 0.2 s: while one computes for long, it is asked less and less often."""
 _FRESH_SECONDS = 6.0
 """Calls that are older say nothing about a rank that has gone on since."""
 _SETTLE_SECONDS = 1.0
@@ -220,9 +222,11 @@ class Head:
     def _hangs(self, states: Mapping[int, RankState], now: float) -> tuple[Finding, ...]:
         if self._death_seen:  # what follows, follows from it
             return ()
-        if not waiting_ranks(states, _ASK_SHARE * self._hang_seconds):
+        # A rank may wait in native code, where nothing but its calls shows it.
+        quiet_s = max((state.quiet_s for state in states.values() if state.life == "running"), default=0.0)
+        if quiet_s < _ASK_SHARE * self._hang_seconds:
             return ()
-        if now >= self._asked_at + _ASK_AGAIN_SECONDS:
+        if now >= self._asked_at + min(max(_ASK_AGAIN_SECONDS, _ASK_SHARE * quiet_s), _ASK_SELDOM_SECONDS):
             self._asked_at = now
             self._ask()
         if not waiting_ranks(states, self._hang_seconds) or not self._all_have_answered(now):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import errno
+import logging
 import selectors
 import socket
 import time
@@ -12,10 +13,15 @@ from typing import Any
 from cluster.fabric.watch.head import Head
 from cluster.fabric.watch.protocol import LineConnection, Meeting, Message
 
+_logger = logging.getLogger(__name__)
 _CONNECT_AGAIN_SECONDS = 2.0
 _TICK_SECONDS = 1.0
 _LAST_WORD_SECONDS = 1.0
 _BACKLOG = 1024
+HERE = "here"
+"""The head's word once a second: a host that is gone leaves its connections open."""
+OVER = "over"
+"""Its last one."""
 
 
 class HeadServer:
@@ -26,6 +32,8 @@ class HeadServer:
         self._listener = _listen(address)
         self._listener.setblocking(False)
         self._connections: dict[LineConnection, Callable[[int], None]] = {}
+        self._is_full = False
+        self._has_complained = False
 
     @property
     def port(self) -> int:
@@ -45,17 +53,43 @@ class HeadServer:
             connection.put(message)
             self._flush(connection)
 
+    def tick(self) -> None:
+        """Says that the head lives, and hears newcomers again where there was no room for them."""
+        if self._is_full:
+            self._is_full = False
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self.order({"t": HERE})
+
     def close(self) -> None:
-        """Hangs up."""
+        """Hangs up, and says that this is meant."""
+        self.order({"t": OVER})
         for connection in list(self._connections):
             self._drop(connection)
         self._listener.close()
 
     def _accept(self, mask: int) -> None:
-        with contextlib.suppress(OSError):
-            connection = LineConnection(self._listener.accept()[0], self._token)
-            self._connections[connection] = lambda mask: self._hear(connection, mask)
-            self._selector.register(connection.socket, selectors.EVENT_READ, self._connections[connection])
+        try:
+            accepted, _ = self._listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._say_full(error)
+            return
+        connection = LineConnection(accepted, self._token)
+        self._connections[connection] = lambda mask: self._hear(connection, mask)
+        self._selector.register(connection.socket, selectors.EVENT_READ, self._connections[connection])
+
+    def _say_full(self, error: OSError) -> None:
+        """Nobody can come in until `tick`; a listener that is left alone would wake this process without end."""
+        self._selector.unregister(self._listener)
+        self._is_full = True
+        if not self._has_complained:
+            self._has_complained = True
+            _logger.warning(
+                "the head of the watch has %d hosts and no room for another (%s): ranks of those left out will seem unheard; "
+                "raise the limit of open files (ulimit -n)",
+                len(self._connections),
+                error,
+            )
 
     def _hear(self, connection: LineConnection, mask: int) -> None:
         if mask & selectors.EVENT_WRITE:
@@ -66,6 +100,9 @@ class HeadServer:
             for message in connection.messages():
                 self._head.on_message(message, time.monotonic())
         except OSError:
+            self._drop(connection)
+        except (LookupError, TypeError, AttributeError, ValueError):
+            _logger.warning("the head of the watch hangs up on a watcher that it does not understand", exc_info=True)
             self._drop(connection)
 
     def _flush(self, connection: LineConnection) -> None:
@@ -96,6 +133,10 @@ class LocalHead:
         """All ranks of the run have ended in good order."""
         return self._head.is_over
 
+    def silent_s(self, now: float) -> float:
+        """The head is here."""
+        return 0.0
+
     def put(self, message: Message) -> None:
         """Says something."""
         self._head.on_message(message, time.monotonic())
@@ -104,12 +145,15 @@ class LocalHead:
         """Time goes by."""
         if now >= self._ticked + _TICK_SECONDS:
             self._ticked = now
+            self._server.tick()
             self._head.tick(now)
 
     def close(self, now: float) -> None:
         """The last word."""
-        self._head.close(now)
-        self._server.close()
+        try:
+            self._head.close(now)
+        finally:
+            self._server.close()
 
 
 class HeadLink:
@@ -122,11 +166,17 @@ class HeadLink:
         self._connection: LineConnection | None = None
         self._tried = time.monotonic() - _CONNECT_AGAIN_SECONDS
         self._latest: dict[Any, Message] = {}
+        self._heard = time.monotonic()
+        self._is_head_over = False
 
     @property
     def is_over(self) -> bool:
         """This side knows of its own ranks alone."""
         return True
+
+    def silent_s(self, now: float) -> float:
+        """Since when the head has said nothing, in seconds; 0 where it has taken its leave."""
+        return 0.0 if self._is_head_over else now - self._heard
 
     def put(self, message: Message) -> None:
         """Says something, or keeps the latest of its kind until the head can be reached."""
@@ -168,6 +218,8 @@ class HeadLink:
             return
         try:
             for message in self._connection.messages():
+                self._heard = time.monotonic()
+                self._is_head_over = message["t"] == OVER
                 self._obey(message)
         except OSError:
             self._drop()

@@ -6,12 +6,14 @@ On a host: sockets of the kernel's abstract names, so that no file is left behin
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import hmac
 import json
+import select
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 DATAGRAM_BYTES = 160_000
 """Kernels send datagrams of about 200 kB without being asked for more."""
@@ -27,26 +29,48 @@ class Meeting:
     address: str
     port: int
     token: str
+    host: str
+    """Rank 0's, by name."""
 
     def as_text(self) -> str:
         """For `exchange`."""
-        return json.dumps([self.address, self.port, self.token])
+        return json.dumps([self.address, self.port, self.token, self.host])
 
     @classmethod
     def from_text(cls, text: str) -> Meeting:
         """What `as_text` wrote."""
-        address, port, token = json.loads(text)
-        return cls(address=address, port=port, token=token)
+        address, port, token, host = json.loads(text)
+        return cls(address=address, port=port, token=token, host=host)
+
+
+class HasFile(Protocol):
+    """A socket, a pipe."""
+
+    def fileno(self) -> int:
+        """The number of its file."""
+
+
+def is_readable(source: HasFile, seconds: float) -> bool:
+    """Whether something comes within that time. By poll: select knows no file beyond the 1,024th, and a rank of a large
+    world has one for each other rank."""
+    poll = select.poll()
+    poll.register(source.fileno(), select.POLLIN)
+    return bool(poll.poll(1000 * seconds))
 
 
 def watcher_name(token: str, host: str) -> str:
     """Where the watcher of a host hears the ranks."""
-    return f"\0mega-watch-{token[:16]}-{host}"[:100]
+    return f"\0mega-watch-{_public(token)}-{host}"[:100]
 
 
 def rank_name(token: str, rank: int) -> str:
     """Where a rank hears its watcher."""
-    return f"\0mega-watch-{token[:16]}-rank-{rank}"
+    return f"\0mega-watch-{_public(token)}-rank-{rank}"
+
+
+def _public(token: str) -> str:
+    """Names a run to the whole machine without giving its secret away."""
+    return hashlib.sha256(token.encode()).hexdigest()[:16]
 
 
 def local_socket(name: str) -> socket.socket:
@@ -63,7 +87,7 @@ def local_socket(name: str) -> socket.socket:
 
 def send_datagram(sock: socket.socket, name: str, token: str, message: Mapping[str, Any]) -> bool:
     """Whether it could be sent: somebody listens there, has room, and it is not too long."""
-    data = json.dumps({**message, "token": token}, separators=(",", ":")).encode()
+    data = _signed(message, token)
     if len(data) > DATAGRAM_BYTES:
         return False
     try:
@@ -95,6 +119,7 @@ class LineConnection:
         self._token = token
         self._received = bytearray()
         self._unsent = bytearray()
+        self._is_known = False
 
     @property
     def has_unsent(self) -> bool:
@@ -103,7 +128,7 @@ class LineConnection:
 
     def put(self, message: Mapping[str, Any]) -> None:
         """Queues a message. What a peer has not taken for long is dropped whole lines at a time."""
-        line = json.dumps({**message, "token": self._token}, separators=(",", ":")).encode() + b"\n"
+        line = _signed(message, self._token) + b"\n"
         if len(self._unsent) + len(line) <= _LINE_BYTES:
             self._unsent += line
 
@@ -116,11 +141,16 @@ class LineConnection:
     def messages(self) -> Iterator[Message]:
         """All whole messages that have come. Raises OSError when the connection is gone, or is none of ours."""
         ended = False
+        start = len(self._token)
         with contextlib.suppress(BlockingIOError):
             while not ended and len(self._received) < _LINE_BYTES:
                 data = self.socket.recv(1 << 16)
                 self._received += data
                 ended = not data
+                if not self._is_known and len(self._received) >= start:  # else a stranger could send megabytes
+                    self._is_known = hmac.compare_digest(bytes(self._received[:start]), self._token.encode())
+                    if not self._is_known:
+                        raise ConnectionAbortedError("a word without the run's token")
         *lines, rest = self._received.split(b"\n")
         self._received = bytearray(rest)
         for line in lines:
@@ -136,11 +166,17 @@ class LineConnection:
         self.socket.close()
 
 
+def _signed(message: Mapping[str, Any], token: str) -> bytes:
+    """The token, then the message: nothing is made of what comes from those who do not know it."""
+    return token.encode() + json.dumps(message, separators=(",", ":")).encode()
+
+
 def _authentic(data: bytes, token: str) -> Message | None:
+    start = len(token)
+    if not hmac.compare_digest(data[:start], token.encode()):
+        return None
     try:
-        message = json.loads(data)
-    except ValueError:
+        message = json.loads(data[start:])
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(message, dict) or not isinstance(message.get("token"), str):
-        return None
-    return message if hmac.compare_digest(message.pop("token").encode(), token.encode()) else None
+    return message if isinstance(message, dict) else None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import select
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import FabricError
@@ -17,6 +17,7 @@ from cluster.fabric.watch.position import Position, main_thread_position
 from cluster.fabric.watch.processes import this_process
 from cluster.fabric.watch.protocol import (
     Meeting,
+    is_readable,
     local_socket,
     rank_name,
     receive_datagrams,
@@ -24,7 +25,7 @@ from cluster.fabric.watch.protocol import (
     watcher_name,
 )
 from cluster.fabric.watch.setup import WatchSetup
-from cluster.fabric.watch.starting import WatcherSettings, start_watcher
+from cluster.fabric.watch.starting import WatcherSettings, log_file, start_watcher
 from cluster.fabric.watch.state import pack_groups
 
 _logger = logging.getLogger(__name__)
@@ -34,6 +35,19 @@ _GREET_AGAIN_SECONDS = 0.1
 _HELLO_PERIODS = 5
 """A watcher that has been started anew learns of its ranks again."""
 _END_SECONDS = 5.0
+_UNHEARD_SECONDS = 40.0
+"""A watcher may take 30 s to start."""
+_UNRECORDED_PERIODS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Moment:
+    """How the rank stood when it was last looked at."""
+
+    counters: object
+    since: float
+    """When its counters changed last."""
+    position: Position
 
 
 class Watch:
@@ -55,7 +69,9 @@ class Watch:
         self._name = rank_name(meeting.token, setup.rank)
         self._socket = local_socket(self._name)
         self._closed = False
-        self._has_complained = False
+        self._complaints: set[str] = set()
+        self._heard_at = time.monotonic()
+        self._unrecorded = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._report, name="fabric-watch", daemon=True)
         self._thread.start()
@@ -81,50 +97,81 @@ class Watch:
     def _tell(self, message: Mapping[str, Any]) -> bool:
         return send_datagram(self._socket, self._watcher, self._token, message)
 
+    def _complain_once(self, what: str, *arguments: object, error: bool = False) -> None:
+        if what not in self._complaints:
+            self._complaints.add(what)
+            _logger.warning(what, *arguments, exc_info=error)
+
     def _report(self) -> None:
-        counters: object = None
-        since = time.monotonic()
-        position = Position(lines=(), waits=False, mark=0)
+        """The thread. Whatever fails in it, it goes on: a rank whose thread has ended would be taken for silent."""
+        moment = _Moment(counters=None, since=time.monotonic(), position=Position(lines=(), waits=False, mark=0))
         period = 0
         is_greeted = False
         while not self._end.is_set():
-            if not is_greeted or period % _HELLO_PERIODS == 0:
-                is_greeted = self._tell(self._hello)
+            try:
+                if not is_greeted or period % _HELLO_PERIODS == 0:
+                    is_greeted = self._tell(self._hello)
+                moment = self._tick(moment)
+                self._answer(_PERIOD_SECONDS if is_greeted else _GREET_AGAIN_SECONDS)
+            except Exception:
+                self._complain_once("the watch of this rank has failed and goes on", error=True)
+                self._end.wait(_PERIOD_SECONDS)
             period += 1
-            now, latest, before = time.monotonic(), self._counters(), position
-            if latest != counters:
-                counters, since = latest, now
-            else:  # nothing moves: where does it stand?
-                position = main_thread_position()
-            quiet_s = now - since
-            self._tell(
-                {
-                    "t": "tick",
-                    "rank": self._setup.rank,
-                    "quiet": round(quiet_s, 2),
-                    "waits": quiet_s > 0 and position.waits,
-                    "moved": position.mark != before.mark,
-                    "place": list(position.lines) if quiet_s > 0 else [],
-                }
+
+    def _tick(self, before: _Moment) -> _Moment:
+        """Tells how the rank stands, compared with a moment `before`."""
+        now, latest, position, since = time.monotonic(), self._counters(), before.position, before.since
+        if latest != before.counters:
+            since = now
+        else:  # nothing moves: where does it stand?
+            position = main_thread_position()
+        quiet_s = now - since
+        is_heard = self._tell(
+            {
+                "t": "tick",
+                "rank": self._setup.rank,
+                "quiet": round(quiet_s, 2),
+                "waits": quiet_s > 0 and position.waits,
+                "moved": position.mark != before.position.mark,
+                "place": list(position.lines) if quiet_s > 0 else [],
+            }
+        )
+        if is_heard:
+            self._heard_at = now
+        elif now - self._heard_at > _UNHEARD_SECONDS:
+            self._complain_once(
+                "no watcher hears rank %d on %s: hangs will not be seen here (see %s)",
+                self._setup.rank,
+                self._setup.host,
+                log_file(self._setup.directory, self._setup.host),
             )
-            self._answer(_PERIOD_SECONDS if is_greeted else _GREET_AGAIN_SECONDS)
+        return _Moment(counters=latest, since=since, position=position)
 
     def _counters(self) -> object:
-        """Changes when a collective begins or ends. Where torch's recorder fails, this rank seems to move all the time: it
-        can no longer be told to hang, but must not be taken for silent."""
+        """Changes when a collective begins or ends. Where torch's recorders fail or hold nothing yet, this rank seems to move
+        all the time: it cannot be told to hang, but must not be taken for silent."""
         try:
-            return flight.counters()
+            counters = flight.counters()
         except Exception:
-            if not self._has_complained:
-                self._has_complained = True
-                _logger.exception("torch's flight recorder cannot be read: hangs of this rank will not be seen")
+            self._complain_once(
+                "torch's flight recorder cannot be read: hangs of this rank will not be seen", error=True
+            )
             return object()
+        if counters is not None:
+            return counters
+        self._unrecorded += 1
+        if self._unrecorded > _UNRECORDED_PERIODS:
+            self._complain_once(
+                "no collective on NCCL has been recorded so far: until then hangs of this rank will not be seen; "
+                "the recorder is off where TORCH_FR_BUFFER_SIZE or TORCH_NCCL_TRACE_BUFFER_SIZE is 0"
+            )
+        return object()
 
     def _answer(self, seconds: float) -> None:
         """Hears the watcher for a while: it may ask for all calls."""
         deadline = time.monotonic() + seconds
         while not self._end.is_set() and (left := deadline - time.monotonic()) > 0:
-            if not select.select([self._socket], [], [], left)[0]:
+            if not is_readable(self._socket, left):
                 return
             # One answer for all that were asked meanwhile.
             if [message for message in receive_datagrams(self._socket, self._token) if message["t"] == "ask"]:
@@ -136,7 +183,9 @@ class Watch:
             groups = flight.group_calls(entries, flight.group_members(), time.time_ns())
             breaks = find_breaks(flight.habitual_calls(entries))
         except Exception:
-            _logger.exception("torch's flight recorder cannot be read: collectives of this rank are not known")
+            self._complain_once(
+                "torch's flight recorder cannot be read: collectives of this rank are not known", error=True
+            )
             return
         self._tell(
             {
@@ -160,19 +209,20 @@ def start_watch(setup: WatchSetup) -> Watch:
         raise FabricError('the watch needs Linux; set fabric.monitor = "off"')
     meeting: Meeting | None = None
     problem = ""
-    settings = WatcherSettings.of(setup, this_process())
     if setup.rank == 0:
         try:
-            meeting = start_watcher(settings, None)
-        except (FabricError, OSError) as error:  # the others must hear of it: they wait in the exchange
+            meeting = start_watcher(WatcherSettings.of(setup, this_process()), None)
+        except Exception as error:  # whatever it is, the others must hear of it: they wait in the exchange
             problem = str(error)
     text = setup.exchange((meeting.as_text() if meeting else "") if setup.rank == 0 else None)
     if not text:
         raise FabricError(f"rank 0's watcher did not start{': ' + problem if problem else ' (rank 0 says why)'}")
-    meeting = Meeting.from_text(text)
     try:
+        meeting = Meeting.from_text(text)
         if setup.rank != 0 and setup.local_rank == 0:
-            start_watcher(settings, meeting)
+            start_watcher(WatcherSettings.of(setup, this_process()), meeting)
         return Watch(setup, meeting)
-    except OSError as error:
+    except FabricError:
+        raise
+    except Exception as error:
         raise FabricError(f"rank {setup.rank} on {setup.host} has no watch: {error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import select
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from typing import Any
 import cluster
 from cluster.errors import FabricError
 from cluster.fabric.watch.processes import ProcessId
-from cluster.fabric.watch.protocol import Meeting
+from cluster.fabric.watch.protocol import Meeting, is_readable
 from cluster.fabric.watch.setup import WatchSetup
 from cluster.fabric.watch.status import FOLDER
 
@@ -86,7 +85,7 @@ def start_watcher(settings: WatcherSettings, meeting: Meeting | None) -> Meeting
         try:
             process.stdin.write(json.dumps(told).encode())
             process.stdin.close()
-            ready = select.select([process.stdout], [], [], _START_SECONDS)[0]
+            ready = is_readable(process.stdout, _START_SECONDS)
             answer = process.stdout.readline().decode() if ready else ""
         except BrokenPipeError:
             answer = ""

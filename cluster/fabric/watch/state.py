@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 Life = Literal["starting", "running", "stopped", "silent", "unreachable", "dead", "ended"]
@@ -45,14 +46,18 @@ class GroupCalls:
     calls: tuple[Call, ...]
     """In the order of numbers, collectives and messages apart; the last ones only."""
 
-    @property
+    @cached_property
     def entered(self) -> int | None:
         """Number of the last collective that this rank has called; None where none is remembered."""
-        return max((call.number for call in self.calls if call.peer is None), default=None)
+        return max(self._collectives, default=None)
 
     def call(self, number: int) -> Call | None:
         """The collective of that number, where it is remembered."""
-        return next((call for call in self.calls if call.number == number and call.peer is None), None)
+        return self._collectives.get(number)
+
+    @cached_property
+    def _collectives(self) -> dict[int, Call]:
+        return {call.number: call for call in self.calls if call.peer is None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +98,23 @@ class RankState:
 
     def group(self, name: str) -> GroupCalls | None:
         """Its view of a group that it belongs to, where it has told of it."""
-        return next((group for group in self.groups if group.name == name), None)
+        return self._by_name.get(name)
+
+    def last_done(self, axis: str) -> int:
+        """The highest number of a call that is done, in its own group along an axis; 0 where there is none."""
+        return self._last_done.get(axis, 0)
+
+    @cached_property
+    def _by_name(self) -> dict[str, GroupCalls]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def _last_done(self) -> dict[str, int]:
+        last: dict[str, int] = {}
+        for group in self.groups:
+            numbers = [call.number for call in group.calls if call.done]
+            last[group.axis] = max(last.get(group.axis, 0), *numbers, 0)
+        return last
 
 
 def pack_ranks(ranks: Sequence[int]) -> list[int]:

@@ -80,15 +80,26 @@ def status(directory: Path, *, now: float | None = None) -> WatchStatus:
         updated=state["updated"],
         running=not state["ended"] and moment - state["updated"] < _FRESH_SECONDS,
         ranks=tuple(RankStatus(**rank) for rank in state["ranks"]),
-        findings=tuple(_findings(directory / FOLDER / FINDINGS_FILE)),
+        findings=tuple(sorted(_findings(directory / FOLDER), key=lambda finding: finding.time)),
     )
 
 
-def _findings(path: Path) -> Iterator[RecordedFinding]:
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
-                data = json.loads(line)
-                yield RecordedFinding(time=data["time"], finding=Finding.from_data(data))
+def lost_head_file(directory: Path, host: str) -> Path:
+    """Where the watcher of a host says that it has lost the head."""
+    return directory / FOLDER / f"watcher-{host.replace('/', '_')}.json"
+
+
+def lost_head_files(directory: Path) -> list[Path]:
+    """Those that are there."""
+    return sorted((directory / FOLDER).glob("watcher-*.json"))
+
+
+def _findings(folder: Path) -> Iterator[RecordedFinding]:
+    for path in (folder / FINDINGS_FILE, *lost_head_files(folder.parent)):
+        if not path.exists():
+            continue
+        with path.open() as file:
+            for line in file:
+                with contextlib.suppress(json.JSONDecodeError):  # a line that is being written
+                    data = json.loads(line)
+                    yield RecordedFinding(time=data["time"], finding=Finding.from_data(data))

@@ -6,20 +6,27 @@ what stops or kills a rank does not touch it. It ends by itself soon after its r
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
+import resource
 import secrets
 import selectors
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.fabric.watch import stacks
 from cluster.fabric.watch.head import Head
 from cluster.fabric.watch.links import HeadLink, HeadServer, LocalHead
+from cluster.fabric.watch.lost_head import LostHead
 from cluster.fabric.watch.processes import ProcessId, Usage, is_starved, is_working, lives, usages
 from cluster.fabric.watch.protocol import (
     Meeting,
@@ -33,8 +40,11 @@ from cluster.fabric.watch.protocol import (
 from cluster.fabric.watch.starting import WatcherSettings, log_file
 from cluster.fabric.watch.state import Activity, Life
 
+_logger = logging.getLogger(__name__)
 _TICK_SECONDS = 0.5
 _REPORT_SECONDS = 1.0
+_REST_SECONDS = 0.1
+"""After a failure, lest one that comes back at once takes a whole core."""
 _LINGER_SECONDS = 2.5
 """After the last of its ranks: long enough to see who went first, and to say so."""
 _QUIET_SECONDS = 2.0
@@ -96,6 +106,8 @@ class Watcher:
             self._head = server.serve(head, self._selector)
         else:
             self._head = HeadLink(meeting, self._selector, self._obey)
+        self._lost_head = LostHead(self._directory, settings.host, meeting)
+        self._failures: set[str] = set()
         self._reported = now - _REPORT_SECONDS
         self._add(settings.rank, ProcessId(pid=settings.pid, start_ticks=settings.start_ticks), 0, now)
 
@@ -103,19 +115,39 @@ class Watcher:
         """Until the ranks of this host are gone, and what there is to say is said."""
         last_here = time.monotonic()
         while True:
+            self._guarded(self._listen)
             now = time.monotonic()
-            for key, mask in self._selector.select(_TICK_SECONDS):
-                key.data(mask)
-            now = time.monotonic()
-            self._look_after(now)
+            self._guarded(self._look_after, now)
             if now >= self._reported + _REPORT_SECONDS:
-                self._report(now)
-            self._head.tick(now)
+                self._guarded(self._report, now)
+            self._guarded(self._head.tick, now)
+            self._guarded(self._miss_head, now)
             if any(rank.is_here for rank in self._ranks.values()):
                 last_here = now
             elif self._all_is_said or now > last_here + _LINGER_SECONDS:
                 break
-        self._head.close(time.monotonic())
+        self._guarded(self._head.close, time.monotonic())
+
+    def _guarded(self, act: Callable[..., None], *arguments: float) -> None:
+        """Whatever fails is told once and tried again: a watcher that has ended sees nothing more."""
+        try:
+            act(*arguments)
+        except Exception as error:
+            what = "".join(traceback.format_tb(error.__traceback__)[-1:])
+            if what not in self._failures:
+                self._failures.add(what)
+                _logger.exception("the watcher of %s has failed and goes on", self._settings.host)
+            time.sleep(_REST_SECONDS)
+
+    def _listen(self) -> None:
+        for key, mask in self._selector.select(_TICK_SECONDS):
+            key.data(mask)
+
+    def _miss_head(self, now: float) -> None:
+        """The run goes on without its head, or hangs with nobody else to say so."""
+        silent_s = self._head.silent_s(now) if any(rank.is_here for rank in self._ranks.values()) else 0.0
+        if self._lost_head.judge(silent_s, self._settings.hang_seconds):
+            self._obey({"t": "stacks"})
 
     @property
     def _all_is_said(self) -> bool:
@@ -126,16 +158,19 @@ class Watcher:
     def _hear(self, mask: int) -> None:
         now = time.monotonic()
         for message in receive_datagrams(self._socket, self._token):
-            number = message["rank"]
-            if message["t"] == "hello":
-                process = ProcessId(pid=message["pid"], start_ticks=message["start"])
-                self._add(number, process, message["signal"], now)
-            elif message["t"] == "tick":
-                self._on_tick(number, message, now)
-            elif message["t"] == "bye":
-                self._set_life(number, "ended", now)
-            else:
-                self._head.put(message)
+            self._guarded(partial(self._on_message, message), now)
+
+    def _on_message(self, message: Message, now: float) -> None:
+        number = message["rank"]
+        if message["t"] == "hello":
+            process = ProcessId(pid=message["pid"], start_ticks=message["start"])
+            self._add(number, process, message["signal"], now)
+        elif message["t"] == "tick":
+            self._on_tick(number, message, now)
+        elif message["t"] == "bye":
+            self._set_life(number, "ended", now)
+        else:
+            self._head.put(message)
 
     def _add(self, number: int, process: ProcessId, signal_number: int, now: float) -> None:
         known = self._ranks.get(number)
@@ -261,17 +296,25 @@ def _open_process(process: ProcessId) -> int | None:
     return None
 
 
+def _allow_many_files() -> None:
+    """As many as this process may have: the head has one for each other host."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def main() -> None:
     """A watcher's process: settings come on its standard input, where the head is goes to its standard output."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # meant for the ranks, which may save for long after it
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _allow_many_files()
     settings = WatcherSettings(**json.loads(sys.stdin.read()))
     server: HeadServer | None = None
     if settings.meeting is None:
         token = secrets.token_hex(16)
         server = HeadServer(settings.address, token)
-        meeting = Meeting(address=settings.address, port=server.port, token=token)
+        meeting = Meeting(address=settings.address, port=server.port, token=token, host=settings.host)
     else:
         meeting = Meeting.from_text(settings.meeting)
     watcher = Watcher(settings, meeting, server)

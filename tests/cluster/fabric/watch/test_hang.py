@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from cluster.fabric.watch.hang import Patience, find_hangs, own_breaks, waiting_ranks
+from cluster.fabric.watch.hang_findings import died
 from cluster.fabric.watch.state import Break, Call, GroupCalls, Life, RankState
 from tests.cluster.fabric.watch.states import LOOP, WORLD, group_of, play, state
 
@@ -240,3 +245,74 @@ def test_who_waits() -> None:
     assert waiting_ranks(states, 4.0) == (0,)
     assert waiting_ranks(states, 6.0) == ()
     assert group_of(0, "tp") == (0, 1)
+
+
+MANY = 1024
+MOST_PYTHON_CALLS = 1_000_000
+"""About 400 a rank are needed; looking at all ranks for each rank would take a hundred times as many as this."""
+
+
+def _crowd(*, late: int, life: Life = "running", in_step: bool = True) -> dict[int, RankState]:
+    """1,024 ranks in one group, of which one is a call behind, elsewhere or in another group's call."""
+    everyone = tuple(range(MANY))
+
+    def calls(last: int, *, done: bool) -> tuple[Call, ...]:
+        return tuple(
+            Call(
+                number=number, text="sum", digest="sum", done=done or number < last, age_s=9.0 + 0.01 * (last - number)
+            )
+            for number in range(last - 31, last + 1)
+        )
+
+    behind, ahead, other = calls(99, done=True), calls(100, done=False), calls(50, done=False)
+    pair = (late, (late + 1) % MANY)
+    states = {}
+    for rank in everyone:
+        groups = [GroupCalls(name="world", axis="world", ranks=everyone, calls=behind if rank == late else ahead)]
+        if rank == late and not in_step:
+            groups.append(GroupCalls(name="pair", axis="pair", ranks=pair, calls=other))
+        states[rank] = RankState(
+            rank=rank,
+            host=f"h{rank}",
+            life=life if rank == late else "running",
+            life_s=9.0,
+            quiet_s=9.0,
+            activity="idle",
+            groups=tuple(groups),
+        )
+    return states
+
+
+@contextlib.contextmanager
+def _bounded_work() -> Iterator[None]:
+    events = 0
+
+    def count(*_: object) -> None:
+        nonlocal events
+        events += 1
+        if events > MOST_PYTHON_CALLS:
+            raise AssertionError(f"more than {MOST_PYTHON_CALLS} calls and returns for {MANY} ranks")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+@pytest.mark.parametrize("facts", [{}, {"life": "stopped"}, {"in_step": False}])
+def test_a_large_run_is_judged_in_a_time_that_grows_with_its_ranks_alone(facts: dict[str, Any]) -> None:
+    states = _crowd(late=700, **facts)
+    with _bounded_work():
+        (finding,) = find_hangs(states, PATIENCE)
+    assert finding.ranks == (700,)
+    assert (finding.evidence["axis"], finding.evidence["number"]) == ("world", 100)
+    assert len(finding.evidence["waiting_ranks"]) == MANY - 1
+
+
+def test_a_death_in_a_large_run_is_told_in_such_a_time() -> None:
+    states = _crowd(late=700, life="dead")
+    with _bounded_work():
+        finding = died(states.pop(700), states)
+    assert finding.evidence["number"] == 100

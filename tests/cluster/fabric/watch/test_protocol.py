@@ -72,5 +72,5 @@ def test_a_peer_that_takes_nothing_costs_no_end_of_memory() -> None:
 
 
 def test_a_meeting_travels_as_text() -> None:
-    meeting = Meeting(address="fe80::1", port=4711, token=TOKEN)
+    meeting = Meeting(address="fe80::1", port=4711, token=TOKEN, host="h0")
     assert Meeting.from_text(meeting.as_text()) == meeting

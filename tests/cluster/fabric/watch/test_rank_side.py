@@ -24,7 +24,7 @@ from cluster.fabric.watch.protocol import (
 from cluster.fabric.watch.rank_side import Watch, start_watch
 from cluster.fabric.watch.setup import WatchSetup
 
-MEETING = Meeting(address="127.0.0.1", port=1, token=f"{os.getpid():032d}"[::-1])
+MEETING = Meeting(address="127.0.0.1", port=1, token=f"{os.getpid():032d}"[::-1], host="here")
 
 
 def _setup(directory: Path, exchange: Callable[[str | None], str], **more: Any) -> WatchSetup:
