@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 
 import pytest
@@ -12,8 +13,10 @@ from cluster.fabric.watch.protocol import (
     LineConnection,
     Meeting,
     local_socket,
+    rank_name,
     receive_datagrams,
     send_datagram,
+    watcher_name,
 )
 
 TOKEN = "a" * 32
@@ -62,6 +65,37 @@ def test_a_word_without_the_token_ends_the_connection() -> None:
     here.socket.send(b"GET / HTTP/1.1\r\n")
     with pytest.raises(ConnectionAbortedError):
         list(there.messages())
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"5", b"{", b"\xff"])
+def test_what_is_no_message_ends_the_connection_and_nothing_else(text: bytes) -> None:
+    for signed in (b"", TOKEN.encode()):
+        here, there = _pair()
+        here.socket.sendall(signed + text + b"\n")
+        with pytest.raises(ConnectionAbortedError):
+            list(there.messages())
+
+
+def test_a_stranger_is_cut_off_before_its_line_ends() -> None:
+    here, there = _pair()
+    here.socket.sendall(b"[" * 1000)
+    with pytest.raises(ConnectionAbortedError):
+        list(there.messages())
+
+
+def test_datagrams_that_are_no_messages_are_left_out() -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    there.setblocking(False)
+    with here, there:
+        for data in (b"[" * 50_000, TOKEN.encode() + b"[" * 50_000, TOKEN.encode() + b"5", b"", b"{}"):
+            here.send(data)
+        here.send(TOKEN.encode() + b'{"t":"x"}')
+        assert list(receive_datagrams(there, TOKEN)) == [{"t": "x"}]
+
+
+def test_names_do_not_tell_the_token() -> None:
+    token = secrets.token_hex(16)
+    assert token[:8] not in watcher_name(token, "h0") + rank_name(token, 3)
 
 
 def test_a_peer_that_takes_nothing_costs_no_end_of_memory() -> None:

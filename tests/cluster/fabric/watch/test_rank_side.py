@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import FabricError
-from cluster.fabric.watch import flight, rank_side
+from cluster.fabric.watch import flight, rank_side, stacks
 from cluster.fabric.watch.protocol import (
     Meeting,
     local_socket,
@@ -103,9 +106,87 @@ def test_a_recorder_that_fails_makes_no_rank_silent_or_hung(
     ]
 
 
-def test_a_watcher_that_does_not_start_is_told_to_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_no_recorder_holds_make_no_rank_hung(
+    watch: Watch, watcher: _Watcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rank_side, "_UNRECORDED_PERIODS", 0)
+    monkeypatch.setattr(flight, "counters", lambda: None)
+    while not caplog.records:
+        watcher.hear("tick")
+    assert [watcher.hear("tick")["quiet"] for _ in range(2)] == [0, 0]
+    assert ["no collective on NCCL" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_the_thread_of_a_rank_never_dies(
+    watch: Watch, watcher: _Watcher, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no frames")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rank_side, "main_thread_position", fail)
+        broken.setattr(flight, "counters", tuple)
+        while not caplog.records:
+            assert watch._thread.is_alive()
+            watch._thread.join(0.05)
+    assert caplog.records[0].getMessage() == "the watch of this rank has failed and goes on"
+    watcher.hear("tick")
+
+
+def test_a_rank_that_nobody_hears_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rank_side, "_UNHEARD_SECONDS", 0.0)
+    monkeypatch.setattr(rank_side, "_GREET_AGAIN_SECONDS", 0.01)
+    ticks: list[object] = []
+    monkeypatch.setattr(flight, "counters", lambda: ticks.append(None) or ())
+    watch = Watch(_setup(tmp_path, lambda text: text or ""), MEETING)
+    deadline = time.monotonic() + 20
+    while len(ticks) < 5:
+        assert time.monotonic() < deadline
+        watch._thread.join(0.01)
+    watch.close()
+    (record,) = caplog.records
+    assert "no watcher hears rank 0 on here" in record.getMessage()
+    assert "watcher-here.log" in record.getMessage()
+
+
+@pytest.fixture
+def _many_files() -> Iterator[None]:
+    """Any file that is opened from now on has a number beyond those that select knows."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 2048:
+        pytest.skip("the limit of open files cannot be raised here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    opened: list[int] = []
+    while not opened or opened[-1] < 1100:
+        opened.append(os.open(os.devnull, os.O_RDONLY))
+    yield
+    for number in opened:
+        os.close(number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.usefixtures("_many_files")
+def test_a_rank_with_many_files_has_its_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stacks, "listen", lambda *_: 0)  # it would close the file of an earlier test
+    watch = start_watch(_setup(tmp_path, lambda text: text or "", world_size=1))
+    assert watch._socket.fileno() > 1024
+    (end,) = [thread for thread in threading.enumerate() if thread.name == "fabric-watcher-end"]
+    watch.close()
+    end.join(20)
+    assert not end.is_alive()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("error", [FabricError, ValueError])
+def test_a_watcher_that_does_not_start_is_told_to_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     def fail(*_: object) -> None:
-        raise FabricError("no room")
+        raise error("no room")
 
     exchanged: list[str | None] = []
 
