@@ -145,8 +145,8 @@ class Watcher:
 
     def _miss_head(self, now: float) -> None:
         """The run goes on without its head, or hangs with nobody else to say so."""
-        silent_s = self._head.silent_s(now) if any(rank.is_here for rank in self._ranks.values()) else 0.0
-        if self._lost_head.judge(silent_s, self._settings.hang_seconds):
+        is_running = any(rank.is_here for rank in self._ranks.values())
+        if is_running and self._lost_head.judge(self._head.silent_s(now), self._settings.hang_seconds):
             self._obey({"t": "stacks"})
 
     @property
