@@ -19,8 +19,10 @@ from cluster.fabric.stages.confirm import Confirmation, Confirmed
 from cluster.fabric.stages.queues import standing_queue
 from cluster.fabric.stages.screen import screen
 from cluster.fabric.stages.session import Session
+from cluster.fabric.wide.computing import LEAST_PASSES
 from cluster.fabric.wide.computing import slow_computing as slow_computing_of_many
 from cluster.fabric.wide.network import slow_network as slow_network_of_many
+from cluster.fabric.wide.start_up import time_start_up
 
 MOST_IN_FULL = 64
 """Endpoints of which all pairs are measured; with more, pairs are drawn adaptively."""
@@ -36,8 +38,10 @@ def diagnose(fabric: Fabric, settings: DiagnosisSettings | None = None) -> Verdi
     slow: list[Slow] = []
     broken: list[Finding] = []
     try:
-        for stage in (_network, _computing):
+        for stage, rounds_after in ((_network, LEAST_PASSES), (_computing, 0)):
             slow += stage(session)
+            if session.count > MOST_IN_FULL:
+                time_start_up(session, left=rounds_after)
     except UnresponsiveError as error:
         broken.append(_missing(session, error))
     except StalledError as error:
@@ -142,7 +146,9 @@ def _hosts_of(session: Session, ranks: Sequence[int]) -> tuple[str, ...]:
 
 
 def _beta(session: Session) -> float | None:
-    return float(np.exp(-np.median(session.seen.log_rates))) if len(session.seen) else None
+    if len(session.seen):
+        return float(np.exp(-np.median(session.seen.log_rates)))
+    return session.beta_s_per_byte
 
 
 def _details(session: Session) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from cluster.fabric.analysis.explain import Explanation, explain
 from cluster.fabric.schedule import both_ways, circle_rounds, halving_rounds, renamed
 from cluster.fabric.stages.session import Session
@@ -22,8 +20,7 @@ def screen(session: Session) -> Explanation:
     session.during = "the pair matrix"
     order = _by_leaf(session)
     session.calibrate(both_ways(renamed(halving_rounds(session.count)[:1], order)[0]))
-    trips = session.round_trip(renamed(circle_rounds(session.count)[:1], order)[0])
-    session.alpha_s = 0.5 * float(np.median(trips))
+    session.time_start_up(renamed(circle_rounds(session.count)[:1], order)[0])
     session.restart_counters()
     repeats = _REPEATS if session.count <= _MANY else _REPEATS_OF_MANY
     for repeat in range(_MOST_REPEATS):

@@ -27,6 +27,9 @@ class Session:
         self.compute_s: Figures | None = None
         """(n,) of each endpoint, once known."""
         self.alpha_s: float | None = None
+        """Seconds to start a message between two endpoints, once known."""
+        self.beta_s_per_byte: float | None = None
+        """Seconds a byte between two endpoints, where a survey of few of all pairs has found it."""
         self.during = "the start"
         self._growth: list[dict[str, float]] = [{} for _ in self.endpoints]
 
@@ -48,6 +51,10 @@ class Session:
         """(F,) seconds there and back."""
         self.rounds += 1
         return self.fabric.round_trip(np.asarray(pairs, dtype=np.intp).reshape(-1, 2), repeats=repeats)
+
+    def time_start_up(self, pairs: Flows) -> None:
+        """Half a round trip of a small message, by the median of `pairs`: one round."""
+        self.alpha_s = 0.5 * float(np.median(self.round_trip(pairs)))
 
     def calibrate(self, flows: Flows) -> None:
         """Chooses the size of transfers from the rate of a first, small one."""

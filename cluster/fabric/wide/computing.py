@@ -10,9 +10,12 @@ from cluster.fabric.analysis.judgement import Slow
 from cluster.fabric.probing import Figures
 from cluster.fabric.stages.session import Session
 from cluster.fabric.statistics import contrast, robust_spread, student_quantile
+from cluster.fabric.wide.layout import Indices
 
-_LEAST_PASSES, _MOST_PASSES = 4, 6
-_MOST_ROUNDS = 12
+_EARLIEST = 3
+"""Statistics: passes from which on an end may be convicted, if its tail is small enough by then."""
+LEAST_PASSES, _MOST_PASSES = 4, 6
+MOST_ROUNDS = 12
 _CONTROLS = 200
 _SUSPECT, _CERTAIN = 0.7, 1.5
 """Times the smallest loss of interest: slow in one pass; named after all, where noise is so low."""
@@ -23,15 +26,16 @@ _LARGEST_TAIL = 1e-3
 
 
 def slow_computing(session: Session) -> list[Slow]:
-    """Four rounds, or up to six where the diagnosis has had few so far; fewer where nobody is slow in all of them.
+    """Four rounds, or up to six where the diagnosis has had few so far; fewer where all are cleared or convicted before.
 
     What disturbs compute makes it longer, never shorter: one quick pass clears an endpoint.
     """
     session.during = "compute"
     least = math.log1p(session.settings.least_compute_loss)
     controls = np.sort(session.rng.permutation(session.count)[:_CONTROLS])
-    passes = min(max(_MOST_ROUNDS - session.rounds, _LEAST_PASSES), _MOST_PASSES)
+    passes = min(max(MOST_ROUNDS - session.rounds, LEAST_PASSES), _MOST_PASSES)
     logs = np.full((passes, session.count), np.nan)
+    found: list[Slow] = []
     suspects = asked = np.arange(session.count)
     for number in range(passes):
         seconds = np.log(session.compute(asked.tolist(), work_s=session.settings.work_s))
@@ -43,12 +47,26 @@ def slow_computing(session: Session) -> list[Slow]:
         if not len(suspects):
             return []
         asked = np.union1d(suspects, controls)
+        if number + 1 < _EARLIEST:
+            continue
+        found, hopeful = _judged(session, logs[: number + 1], suspects, controls, passes, math.exp(reference))
+        if len(found) == len(hopeful):
+            break
+    return found
+
+
+def _judged(
+    session: Session, logs: Figures, suspects: Indices, controls: Indices, passes: int, control_s: float
+) -> tuple[list[Slow], list[int]]:
+    """Who is slow by the passes so far; and who may be so by all `passes`, since more of them only lower the quicker half."""
     noise, spread = _noise(logs[:, np.setdiff1d(controls, suspects)])
+    least = math.log1p(session.settings.least_compute_loss)
     tail = session.settings.false_alarm_rate / session.count
     bound = max(_CERTAIN * least, student_quantile(tail, _DOF) * spread)
-    slow = [int(end) for end in suspects if _level(logs[:, end], noise) >= bound and logs[:, end].min() >= 0.45 * bound]
-    found = [_slow(end, logs[:, end], noise, math.exp(reference)) for end in slow]
-    return [item for item in found if item.tail < _LARGEST_TAIL]
+    lasting = [int(end) for end in suspects if logs[:, end].min() >= 0.45 * bound]
+    hopeful = [end for end in lasting if _level(logs[:, end], noise, passes // 2) >= bound]
+    found = [_slow(end, logs[:, end], noise, control_s) for end in lasting if _level(logs[:, end], noise) >= bound]
+    return [item for item in found if item.tail < _LARGEST_TAIL], hopeful
 
 
 def _noise(logs: Figures) -> tuple[float, float]:
@@ -56,9 +74,9 @@ def _noise(logs: Figures) -> tuple[float, float]:
     return robust_spread(logs - np.median(logs, axis=0)), robust_spread(np.median(logs, axis=0))
 
 
-def _level(logs: Figures, noise: float) -> float:
+def _level(logs: Figures, noise: float, quickest: int | None = None) -> float:
     """By the quicker half of the passes, less by how much chance alone makes those quicker (0.66 of 4 normal ones)."""
-    return float(np.sort(logs)[: len(logs) // 2].mean() + 0.66 * noise)
+    return float(np.sort(logs)[: quickest or len(logs) // 2].mean() + 0.66 * noise)
 
 
 def _slow(end: int, logs: Figures, noise: float, control_s: float) -> Slow:

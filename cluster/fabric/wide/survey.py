@@ -67,10 +67,11 @@ class Survey:
         """Six rounds; where leaves are not known, twice the logarithm of the number of endpoints, and a few, at most."""
         if self.layout.num_leaves == 1:
             self._without_leaves()
-            return
-        self._within_leaves()
-        for number in range(ACROSS_ROUNDS):
-            self._across_leaves(number)
+        else:
+            self._within_leaves()
+            for number in range(ACROSS_ROUNDS):
+                self._across_leaves(number)
+        self.session.beta_s_per_byte = math.exp(-self.level)
 
     def _without_leaves(self) -> None:
         """Any two flows may share a cable: few run at once, until everyone was fast once, or slow in several of them."""

@@ -6,10 +6,22 @@ import numpy as np
 import pytest
 
 from cluster.fabric.diagnose import diagnose
-from cluster.fabric.simulation.campaign import SimulatedCase, SimulationPlan, make_situation, score, simulate
+from cluster.fabric.probing import Flows
+from cluster.fabric.settings import DiagnosisSettings
+from cluster.fabric.simulation.campaign import (
+    FaultChoice,
+    SimulatedCase,
+    SimulationPlan,
+    make_situation,
+    score,
+    simulate,
+)
 from cluster.fabric.simulation.fabric import Noise, SimulatedFabric
 from cluster.fabric.simulation.faults import Fault, LinkFault
 from cluster.fabric.simulation.topology import fat_tree
+from cluster.fabric.stages.session import Session
+from cluster.fabric.wide.computing import LEAST_PASSES
+from cluster.fabric.wide.start_up import time_start_up
 
 MOST_ROUNDS = 12
 SINGLE_FAULTS = [
@@ -114,3 +126,33 @@ def test_two_slow_hosts_are_both_named() -> None:
     plan = SimulationPlan(hosts=1024, fault="two", cases=6, seed=10, routing="static")
     wrong = _wrong(plan)
     assert len(wrong) <= 1, np.array([[case.expected, case.found] for case in wrong], dtype=object)
+
+
+@pytest.mark.parametrize("fault", ["none", "slow_sender", "slow_host", "congested_uplink"])
+@pytest.mark.parametrize("leaves_known", [True, False])
+def test_what_a_message_and_a_byte_take_is_known_of_many_hosts_too(fault: FaultChoice, leaves_known: bool) -> None:
+    plan = SimulationPlan(hosts=1024, fault=fault, cases=2, seed=12, leaves_known=leaves_known)
+    for number in range(plan.cases):
+        situation = make_situation(plan, number)
+        verdict = diagnose(situation.fabric)
+        topology = situation.topology
+        assert verdict.beta_s_per_byte == pytest.approx(1 / topology.host_rate, rel=0.1)
+        assert verdict.alpha_s is not None
+        assert verdict.alpha_s == pytest.approx(0.75 * topology.round_trip_s, rel=0.5), (
+            "one and a half round trips there and back"
+        )
+        assert verdict.rounds <= MOST_ROUNDS or not leaves_known
+
+
+def test_start_up_is_timed_where_rounds_are_left_and_never_within_a_host() -> None:
+    situation = make_situation(SimulationPlan(hosts=16, topology="rail", fault="none", seed=13), 0)
+    session = Session(situation.fabric, DiagnosisSettings())
+    session.rounds = MOST_ROUNDS - LEAST_PASSES
+    time_start_up(session, left=LEAST_PASSES)
+    assert session.alpha_s is None
+    asked: list[Flows] = []
+    session.round_trip = lambda pairs, *, repeats=5: asked.append(pairs) or np.ones(len(pairs))  # type: ignore[method-assign]
+    time_start_up(session)
+    assert session.alpha_s == 0.5
+    hosts = situation.topology.host_of[asked[0]]
+    assert (hosts[:, 0] != hosts[:, 1]).all()
