@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.fabric.watch.state import pack_ranks, unpack_ranks
+
 MOST_ENTRIES = 64
 """A group with more collectives in a step tells sums over neighbours, so that a message stays short."""
 
@@ -38,6 +40,28 @@ class TappedStep:
     """In the order of issue."""
     cost_s: float
     """Time that seeing has taken."""
+
+
+class RankLists:
+    """Ranks of groups as runs of equal stride, each list packed or unpacked once: a world of thousands takes three numbers,
+    and at the head all accounts of one group share one tuple."""
+
+    def __init__(self) -> None:
+        self._packed: dict[tuple[int, ...], list[int]] = {}
+        self._unpacked: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def pack(self, ranks: tuple[int, ...]) -> list[int]:
+        """For a message; see `pack_ranks`."""
+        if ranks not in self._packed:
+            self._packed[ranks] = pack_ranks(ranks)
+        return self._packed[ranks]
+
+    def unpack(self, packed: Sequence[int]) -> tuple[int, ...]:
+        """What `pack` made: the same object for equal lists."""
+        key = tuple(packed)
+        if key not in self._unpacked:
+            self._unpacked[key] = unpack_ranks(key)
+        return self._unpacked[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +97,7 @@ class StepDurations:
     """What watching this step has cost."""
     groups: tuple[GroupDurations, ...]
 
-    def as_payload(self) -> dict[str, Any]:
+    def as_payload(self, lists: RankLists) -> dict[str, Any]:
         """For the side channel: short, plain data. Times in whole microseconds."""
         return {
             "step": self.step,
@@ -85,7 +109,7 @@ class StepDurations:
             "groups": [
                 {
                     "axis": group.axis,
-                    "ranks": list(group.ranks),
+                    "ranks": lists.pack(group.ranks),
                     "kinds": list(group.kinds),
                     "bytes": list(group.num_bytes),
                     "took": [_micro(seconds) for seconds in group.seconds],
@@ -96,7 +120,7 @@ class StepDurations:
         }
 
     @classmethod
-    def from_payload(cls, payload: Mapping[str, Any]) -> StepDurations:
+    def from_payload(cls, payload: Mapping[str, Any], lists: RankLists) -> StepDurations:
         """What `as_payload` made, to the microsecond."""
         return cls(
             step=payload["step"],
@@ -108,7 +132,7 @@ class StepDurations:
             groups=tuple(
                 GroupDurations(
                     axis=group["axis"],
-                    ranks=tuple(group["ranks"]),
+                    ranks=lists.unpack(group["ranks"]),
                     kinds=tuple(group["kinds"]),
                     num_bytes=tuple(group["bytes"]),
                     seconds=tuple(_seconds(took) for took in group["took"]),

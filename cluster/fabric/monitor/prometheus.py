@@ -9,7 +9,11 @@ from cluster.fabric.monitor.windows import Window
 
 
 class PrometheusEndpoint:
-    """Serves `http://<this host>:<port>/metrics` from a thread of its own, until `close`."""
+    """Serves `http://<this host>:<port>/metrics` from a thread of its own, until `close`.
+
+    It listens on all of the host's interfaces, since who reads it sits elsewhere, and asks nobody for a password: whoever
+    reaches the port can read the figures. `notice` says so.
+    """
 
     def __init__(self, port: int) -> None:
         """Raises FabricError where the port is taken, or prometheus_client is not installed."""
@@ -32,6 +36,10 @@ class PrometheusEndpoint:
         self._busy = gauge("busy_seconds", "How long a rank works in a step", "rank")
         self._cost = gauge("monitor_cost_ratio", "What this monitor costs, as a share of a step")
         self._findings = gauge("findings", "Findings of this start of the run", "kind")
+        self.notice = (
+            f"fabric.prometheus_port = {port}: the monitor's figures are served on all interfaces of this host, to whoever "
+            "reaches the port"
+        )
         try:
             self._server, self._thread = start_http_server(port, registry=registry)
         except OSError as error:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from cluster.fabric.monitor.cadence import Cadence
-from cluster.fabric.monitor.durations import Record, StepDurations, TappedStep, group_durations
+from cluster.fabric.monitor.durations import RankLists, Record, StepDurations, TappedStep, group_durations
 from cluster.fabric.monitor.rank_messages import DURATIONS
 
 _LEAST_SECONDS = 0.2
@@ -55,6 +55,7 @@ class RankMonitor:
         self._quiet = quiet
         self._role = role
         self._cadence = Cadence(least_s=max(_LEAST_SECONDS, world_size / _RANKS_PER_SECOND))
+        self._lists = RankLists()
         self._watching = False
         self._seen: tuple[int, TappedStep] | None = None
 
@@ -103,4 +104,4 @@ class RankMonitor:
                 if name in members and len(members[name][1]) > 1
             ),
         )
-        self._send(DURATIONS, told.as_payload())
+        self._send(DURATIONS, told.as_payload(self._lists))

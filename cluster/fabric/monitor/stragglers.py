@@ -6,13 +6,13 @@ What lasts for three windows and makes at least a tenth is told, once, with the 
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from cluster.fabric.findings import Finding, Kind
-from cluster.fabric.monitor.windows import GroupKey, Window, roles_of, work_of
+from cluster.fabric.monitor.windows import GroupKey, Window, knows_work
 from cluster.fabric.statistics import ChangePoint, change_points, contrast
 
 PERSISTENCE = 3
@@ -31,7 +31,9 @@ _FALSE_ALARMS = 1e-4
 @dataclass(frozen=True, kw_only=True)
 class _Straggler:
     rank: int
-    busy_s: float
+    knows_work: bool
+    """Whether the two figures are of work, or of lateness."""
+    own_s: float
     peers_s: float
     num_peers: int
     cost_s: float
@@ -101,7 +103,7 @@ class StragglerSearch:
 
     def _straggler_finding(self, found: _Straggler, window: Window) -> Finding:
         host = self._host_of(found.rank)
-        peers = "its only peer needs" if found.num_peers == 1 else f"its {found.num_peers} peers need"
+        figures = {"busy_s": found.own_s, "peers_busy_s": found.peers_s} if found.knows_work else {}
         return Finding(
             kind="slow_host",
             hosts=(host,),
@@ -110,26 +112,25 @@ class StragglerSearch:
             evidence={
                 "source": "monitor",
                 "since_step": found.since_step,
-                "busy_s": found.busy_s,
-                "peers_busy_s": found.peers_s,
+                **figures,
                 "cost_s_per_step": found.cost_s,
                 "cost_share": found.cost_s / window.step_s,
                 "late_s": window.late_s.get(found.rank, 0.0),
                 "others_late_s": median([late for rank, late in window.late_s.items() if rank != found.rank] or [0.0]),
             },
             sentence=(
-                f"rank {found.rank} on {host} holds the others up since step {found.since_step}: it works for "
-                f"{_ms(found.busy_s)} of a step where {peers} {_ms(found.peers_s)} (+{found.effect:.0%}), which costs "
-                f"{_ms(found.cost_s)} a step, {found.cost_s / window.step_s:.0%} of it (confidence {found.confidence:.2f})."
+                f"rank {found.rank} on {host} holds the others up since step {found.since_step}: it {_comparison(found)}, "
+                f"which costs {_ms(found.cost_s)} a step, {found.cost_s / window.step_s:.0%} of it (confidence "
+                f"{found.confidence:.2f})."
             ),
         )
 
     def _slowed_alone(self, window: Window) -> list[Finding]:
         """Ranks that nobody can be compared with, as the stages of a pipeline without replicas: with their own past."""
-        roles = roles_of(window.samples[-1])
+        peers = Counter(window.roles.values())
         findings = []
         for rank, busy_s in window.busy_s.items():
-            if len(roles[window.samples[-1].ranks[rank].role]) > 1:
+            if peers[window.roles[rank]] > 1:
                 continue
             series = self._alone.setdefault(rank, _Series())
             series.add(busy_s, window.first_step)
@@ -218,14 +219,15 @@ def _change_finding(
 
 
 def _stragglers(windows: Sequence[Window]) -> list[_Straggler]:
-    """Ranks that work longer than their peers in every one of the windows, and surely so over all of them."""
-    last = windows[-1].samples[-1]
+    """Ranks that work longer than their peers, or come later, in every one of the windows, and surely so over all of them."""
+    ranks = windows[-1].roles
     slow: dict[int, tuple[float, float]] = {}
-    for rank in last.ranks:
+    for rank in ranks:
         if min(_effect(window, rank) for window in windows) < LEAST_EFFECT:
             continue
-        sure = contrast([math.log1p(effects.get(rank, 0.0)) for window in windows for effects in window.effects])
-        doubt = min(1.0, len(last.ranks) * sure.tail_beyond(math.log1p(LEAST_EFFECT / 2)))
+        all_effects = [effects for window in windows for effects in window.effects if rank in effects]
+        sure = contrast([math.log1p(effects[rank]) for effects in all_effects])
+        doubt = min(1.0, len(ranks) * sure.tail_beyond(math.log1p(LEAST_EFFECT / 2)))
         if doubt < _DOUBT:
             slow[rank] = (math.expm1(sure.mean), doubt)
     found = (_weigh(rank, *slow[rank], slow.keys(), windows) for rank in slow)
@@ -234,25 +236,34 @@ def _stragglers(windows: Sequence[Window]) -> list[_Straggler]:
 
 def _weigh(rank: int, effect: float, doubt: float, slow: Collection[int], windows: Sequence[Window]) -> _Straggler:
     """What one costs: the step lasts as long as the slowest works, and without it as long as the slowest of the others."""
-    samples = [sample for window in windows for sample in window.samples]
-    role = samples[-1].ranks[rank].role
-    others = [other for other in roles_of(samples[-1])[role] if other != rank]
+    roles = windows[-1].roles
+    others = [other for other in roles if other != rank and roles[other] == roles[rank]]
     peers = [other for other in others if other not in slow] or others
-    work = {each: median(work_of(sample.ranks[each]) for sample in samples) for each in (rank, *peers)}
+    burdens = [burden for window in windows for burden in window.burdens]
+    own = {each: median([burden[each] for burden in burdens if each in burden] or [0.0]) for each in (rank, *peers)}
     return _Straggler(
         rank=rank,
-        busy_s=work[rank],
-        peers_s=median(work[peer] for peer in peers),
+        knows_work=all(knows_work(sample) for window in windows for sample in window.samples),
+        own_s=own[rank],
+        peers_s=median(own[peer] for peer in peers),
         num_peers=len(peers),
-        cost_s=work[rank] - max(work[peer] for peer in peers),
+        cost_s=own[rank] - max(own[peer] for peer in peers),
         effect=effect,
         confidence=1.0 - doubt,
         since_step=windows[0].first_step,
     )
 
 
+def _comparison(found: _Straggler) -> str:
+    if not found.knows_work:
+        peers = "its only peer" if found.num_peers == 1 else f"its {found.num_peers} peers"
+        return f"comes to the collectives {_ms(found.own_s - found.peers_s)} a step later than {peers}"
+    peers = "its only peer needs" if found.num_peers == 1 else f"its {found.num_peers} peers need"
+    return f"works for {_ms(found.own_s)} of a step where {peers} {_ms(found.peers_s)} (+{found.effect:.0%})"
+
+
 def _effect(window: Window, rank: int) -> float:
-    return median(effects.get(rank, 0.0) for effects in window.effects)
+    return median([effects[rank] for effects in window.effects if rank in effects] or [0.0])
 
 
 def _ms(seconds: float) -> str:

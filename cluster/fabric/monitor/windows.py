@@ -7,7 +7,7 @@ shortest duration is what the network itself takes. Pure; imports without torch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 
 from cluster.fabric.monitor.durations import GroupDurations, StepDurations
@@ -23,7 +23,7 @@ GroupKey = tuple[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One step as all ranks told of it, by rank."""
+    """One step as the ranks told of it, by rank; one whose message was lost is not there."""
 
     step: int
     ranks: Mapping[int, StepDurations]
@@ -37,6 +37,8 @@ class GroupTimes:
     """By kind of collective, the shortest duration of each, summed: what the network took, nobody's lateness in it."""
     late_s: Mapping[int, float]
     """By world rank: how much later than the first it came to the collectives, summed."""
+    ahead_s: Mapping[int, float]
+    """By world rank: how much earlier than the last it came to them, summed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,68 +73,105 @@ class Window:
     """The same by axis and kind, of the groups that rank 0 is in."""
     effects: tuple[Mapping[int, float], ...]
     """For each sample, by rank: by what share it works longer than the median of its peers. Without peers it is not there."""
+    burdens: tuple[Mapping[int, float], ...]
+    """For each sample, by rank, what that is concluded from: see `burdens_of`."""
+    roles: Mapping[int, str]
+    """Of all ranks of the samples."""
     cost_share: float
     """Of a step: what the monitor costs."""
 
 
 def group_times(sample: Sample) -> dict[GroupKey, GroupTimes]:
-    """Each group all of whose ranks told the same collectives in one step; of them those that end together."""
-    members: dict[GroupKey, dict[int, GroupDurations]] = {}
+    """Each group all of whose ranks told the same collectives in one step; of them those that end together.
+
+    Process groups with one axis and the same ranks count as one.
+    """
+    members: dict[GroupKey, dict[int, list[GroupDurations]]] = {}
     for rank, told in sample.ranks.items():
         for group in told.groups:
-            members.setdefault((group.axis, group.ranks), {})[rank] = group
+            members.setdefault((group.axis, group.ranks), {}).setdefault(rank, []).append(group)
+    merged = {key: {rank: _merged(groups) for rank, groups in ranks.items()} for key, ranks in members.items()}
     return {
         key: _times(by_rank)
-        for key, by_rank in members.items()
+        for key, by_rank in merged.items()
         if len(by_rank) == len(key[1]) and len({group.kinds for group in by_rank.values()}) == 1
     }
+
+
+def _merged(groups: Sequence[GroupDurations]) -> GroupDurations:
+    """In an order that does not depend on which of them a rank has used first."""
+    if len(groups) == 1:
+        return groups[0]
+    ordered = sorted(groups, key=lambda group: (group.kinds, group.num_bytes))
+    return replace(
+        ordered[0],
+        kinds=tuple(kind for group in ordered for kind in group.kinds),
+        num_bytes=tuple(size for group in ordered for size in group.num_bytes),
+        seconds=tuple(seconds for group in ordered for seconds in group.seconds),
+        waited_s=sum(group.waited_s for group in ordered),
+    )
 
 
 def _times(by_rank: Mapping[int, GroupDurations]) -> GroupTimes:
     floor: dict[str, float] = {}
     late = dict.fromkeys(by_rank, 0.0)
+    ahead = dict.fromkeys(by_rank, 0.0)
     kinds = next(iter(by_rank.values())).kinds
     for place, kind in enumerate(kinds):
         took = {rank: group.seconds[place] for rank, group in by_rank.items()}
         known = {rank: seconds for rank, seconds in took.items() if seconds is not None}
         if kind not in ENDS_TOGETHER or len(known) < len(took):
             continue
-        floor[kind] = floor.get(kind, 0.0) + min(known.values())
-        longest = max(known.values())
+        shortest, longest = min(known.values()), max(known.values())
+        floor[kind] = floor.get(kind, 0.0) + shortest
         for rank, seconds in known.items():
             late[rank] += longest - seconds
-    return GroupTimes(floor_s=floor, late_s=late)
+            ahead[rank] += seconds - shortest
+    return GroupTimes(floor_s=floor, late_s=late, ahead_s=ahead)
 
 
 def window_of(samples: Sequence[Sample]) -> Window:
-    """The figures of one or more samples, in the order of steps."""
-    ranks = sorted(samples[0].ranks)
+    """The figures of one or more samples, in the order of steps; of a rank, over the samples that it has told of."""
+    roles = {rank: told.role for sample in samples for rank, told in sorted(sample.ranks.items())}
     times = [group_times(sample) for sample in samples]
-    busy = {rank: [sample.ranks[rank].busy_s for sample in samples] for rank in ranks}
+    late = [_lateness(sample, groups) for sample, groups in zip(samples, times, strict=True)]
+    burdens = tuple(burdens_of(sample, groups) for sample, groups in zip(samples, times, strict=True))
     keys = sorted({key for each in times for key in each})
     return Window(
         first_step=samples[0].step,
         last_step=samples[-1].step,
         samples=tuple(samples),
         step_s=median(fmean(told.step_s for told in sample.ranks.values()) for sample in samples),
-        busy_s={
-            rank: median(known)
-            for rank, values in busy.items()
-            if len(known := [value for value in values if value is not None]) == len(values)
-        },
-        late_s={
-            rank: median(sum(group.late_s.get(rank, 0.0) for group in each.values()) for each in times)
-            for rank in ranks
-        },
+        busy_s=_busy(samples, sorted(roles)),
+        late_s={rank: median(each[rank] for each in late if rank in each) for rank in sorted(roles)},
         axes=_axes(samples, times),
         floor_s={key: median(sum(each[key].floor_s.values()) for each in times if key in each) for key in keys},
         kinds_s=_kinds(times),
-        effects=tuple(_effects(sample) for sample in samples),
+        effects=tuple(_effects(sample, each) for sample, each in zip(samples, burdens, strict=True)),
+        burdens=burdens,
+        roles=roles,
         cost_share=median(
             fmean(told.cost_s / told.every / max(told.step_s, 1e-9) for told in sample.ranks.values())
             for sample in samples
         ),
     )
+
+
+def _busy(samples: Sequence[Sample], ranks: Sequence[int]) -> dict[int, float]:
+    told = {rank: [sample.ranks[rank].busy_s for sample in samples if rank in sample.ranks] for rank in ranks}
+    return {
+        rank: median(known)
+        for rank, values in told.items()
+        if len(known := [value for value in values if value is not None]) == len(values)
+    }
+
+
+def _lateness(sample: Sample, groups: Mapping[GroupKey, GroupTimes]) -> dict[int, float]:
+    late = dict.fromkeys(sample.ranks, 0.0)
+    for group in groups.values():
+        for rank, seconds in group.late_s.items():
+            late[rank] += seconds
+    return late
 
 
 def _axes(samples: Sequence[Sample], times: Sequence[Mapping[GroupKey, GroupTimes]]) -> dict[str, AxisTimes]:
@@ -171,28 +210,42 @@ def _kinds(times: Sequence[Mapping[GroupKey, GroupTimes]]) -> dict[tuple[str, st
     return {key: median(values) for key, values in sorted(found.items())}
 
 
-def work_of(told: StepDurations) -> float:
-    """Seconds of a step that a rank worked; where it cannot tell, the step without the time in its collectives' hands."""
-    if told.busy_s is not None:
-        return told.busy_s
-    in_hands = sum(_known(group.seconds) for group in told.groups)
-    return max(told.step_s - in_hands, 0.1 * told.step_s)
+def knows_work(sample: Sample) -> bool:
+    """Whether its ranks can tell working from standing still."""
+    return all(told.busy_s is not None for told in sample.ranks.values())
 
 
-def roles_of(sample: Sample) -> dict[str, list[int]]:
-    """Ranks by role."""
-    roles: dict[str, list[int]] = {}
+def burdens_of(sample: Sample, groups: Mapping[GroupKey, GroupTimes]) -> dict[int, float]:
+    """By rank, in seconds of one step: how long it worked; where ranks cannot tell that, how late it came by its own fault.
+
+    That is how late it was in the group that it was latest in, less what it had been kept waiting itself in any group: one
+    that waits for a late rank in one group is late in the next, and not to blame. Where communication hides behind computing,
+    durations say nothing about work, and lateness is all there is.
+    """
+    if knows_work(sample):
+        return {rank: told.busy_s or 0.0 for rank, told in sample.ranks.items()}
+    late = dict.fromkeys(sample.ranks, 0.0)
+    ahead = dict.fromkeys(sample.ranks, 0.0)
+    for group in groups.values():
+        for rank, seconds in group.late_s.items():
+            late[rank] = max(late[rank], seconds)
+            ahead[rank] += group.ahead_s[rank]
+    return {rank: max(0.0, late[rank] - ahead[rank]) for rank in late}
+
+
+def _effects(sample: Sample, burdens: Mapping[int, float]) -> dict[int, float]:
+    by_role: dict[str, list[int]] = {}
     for rank, told in sample.ranks.items():
-        roles.setdefault(told.role, []).append(rank)
-    return roles
-
-
-def _effects(sample: Sample) -> dict[int, float]:
+        by_role.setdefault(told.role, []).append(rank)
     effects = {}
-    for ranks in roles_of(sample).values():
-        work = sorted((work_of(sample.ranks[rank]), rank) for rank in ranks)
-        for place, (own, rank) in enumerate(work) if len(work) > 1 else ():
-            effects[rank] = own / max(_median_without(work, place), 1e-9) - 1.0
+    for ranks in by_role.values():
+        burden = sorted((burdens[rank], rank) for rank in ranks)
+        for place, (own, rank) in enumerate(burden) if len(burden) > 1 else ():
+            usual = _median_without(burden, place)
+            if not knows_work(sample):  # without its lateness the step would be so much shorter
+                usual = max(sample.ranks[rank].step_s - (own - usual), 0.1 * sample.ranks[rank].step_s)
+                own = sample.ranks[rank].step_s
+            effects[rank] = own / max(usual, 1e-9) - 1.0
     return effects
 
 
@@ -205,36 +258,3 @@ def _median_without(work: Sequence[tuple[float, int]], left_out: int) -> float:
 
 def _known(seconds: Sequence[float | None]) -> float:
     return sum(value for value in seconds if value is not None)
-
-
-class Gathering:
-    """Messages of ranks become samples once all have told of a step, and samples windows."""
-
-    def __init__(self, *, world_size: int, window_steps: int) -> None:
-        self._world_size = world_size
-        self._window_steps = window_steps
-        self._pending: dict[int, dict[int, StepDurations]] = {}
-        self._samples: list[Sample] = []
-
-    def add(self, rank: int, told: StepDurations) -> Window | None:
-        """One rank's account. A window where this completes one."""
-        by_rank = self._pending.setdefault(told.step, {})
-        by_rank[rank] = told
-        if len(by_rank) < self._world_size:
-            self._forget_old()
-            return None
-        del self._pending[told.step]
-        if self._samples and told.step <= self._samples[-1].step:  # the run went back to a checkpoint
-            self._samples = []
-        self._samples.append(Sample(step=told.step, ranks=dict(sorted(by_rank.items()))))
-        length = told.step - self._samples[0].step + told.every
-        if len(self._samples) < LEAST_SAMPLES or length < self._window_steps:
-            return None
-        window = window_of(self._samples)
-        self._samples = []
-        return window
-
-    def _forget_old(self) -> None:
-        """Steps that some rank has not watched, or has not got through to tell of, must not pile up."""
-        while len(self._pending) > 32:
-            del self._pending[min(self._pending)]

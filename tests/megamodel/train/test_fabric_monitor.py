@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import time
@@ -237,3 +238,20 @@ def test_every_callback_is_closed_and_the_first_error_is_kept() -> None:
     assert all(each.closed for each in callbacks)  # type: ignore[attr-defined]
     with pytest.raises(OSError, match="disk"), _closing(callbacks):
         pass
+
+
+def test_a_noisy_measurement_does_not_meet_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmarks = Path(__file__).parents[3] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    spec = importlib.util.spec_from_file_location("benchmark_of_the_monitor", benchmarks / "fabric_monitor.py")
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    options, world = SimpleNamespace(engine="ddp"), SimpleNamespace(world_size=2)
+    for spread, met in ((0.0005, True), (0.05, False)):
+        pairs = [{"off": 1.0, "on": 1.001 + spread * (-1) ** place} for place in range(8)]
+        result = benchmark.summary(options, world, pairs, [], True)
+        assert result["cost_share"] < benchmark.BOUND
+        assert result["met"] == met
+    assert not benchmark.summary(options, world, pairs[:1], [], True)["met"]

@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from cluster.fabric.monitor.durations import GroupDurations, StepDurations
-from cluster.fabric.monitor.windows import Gathering, Window
+from cluster.fabric.monitor.gathering import Gathering
+from cluster.fabric.monitor.windows import Window
 
 WORLD = ("world", (0, 1, 2, 3))
 
@@ -64,5 +65,5 @@ def windows_of(
     """The windows of a run whose step `s` is `make(s)`."""
     first = make(steps[0])
     gathering = Gathering(world_size=len(first), window_steps=length)
-    found = [gathering.add(rank, told) for step in steps for rank, told in make(step).items()]
-    return [window for window in found if window is not None]
+    accounts = ((rank, told) for step in steps for rank, told in make(step).items())
+    return [window for rank, told in accounts for window in gathering.add(rank, told, 0.0)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cluster.fabric.monitor.durations import MOST_ENTRIES, Record, StepDurations, group_durations
+from cluster.fabric.monitor.durations import MOST_ENTRIES, RankLists, Record, StepDurations, group_durations
 
 
 def _records(seconds: list[float | None], kind: str = "all_reduce") -> list[Record]:
@@ -24,7 +24,7 @@ def test_a_message_says_the_same_at_the_other_end() -> None:
         cost_s=0.001,
         groups=(group_durations("tp", (2, 3), _records([0.001, None, 0.002])),),
     )
-    assert StepDurations.from_payload(json.loads(json.dumps(told.as_payload()))) == told
+    assert StepDurations.from_payload(json.loads(json.dumps(told.as_payload(RankLists()))), RankLists()) == told
     assert told.groups[0].seconds == (0.001, None, 0.002)
     assert told.groups[0].waited_s == 0.0015
 
@@ -40,3 +40,18 @@ def test_many_collectives_are_summed_with_neighbours_of_their_kind() -> None:
     # One whose end was not seen spoils only the sum that it is in.
     mixed[3].seconds = None
     assert group_durations("tp", (0, 1), mixed).seconds.count(None) == 1
+
+
+def test_a_world_of_thousands_fits_into_a_short_message() -> None:
+    lists = RankLists()
+    groups = tuple(
+        group_durations(axis, ranks, _records([0.001] * 4))
+        for axis, ranks in (("world", tuple(range(4096))), ("dp", tuple(range(3, 4096, 8))))
+    )
+    told = StepDurations(step=1, role="stage 0", step_s=1.0, busy_s=None, every=1, cost_s=0.0, groups=groups)
+    message = json.dumps(told.as_payload(lists))
+    assert len(message) < 1000
+    head = RankLists()
+    received = [StepDurations.from_payload(json.loads(message), head) for _ in range(2)]
+    assert received[0].groups == groups
+    assert received[0].groups[0].ranks is received[1].groups[0].ranks

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from cluster.fabric.monitor.flight_durations import records_of
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+
+from cluster.fabric.monitor.flight_durations import enable, records_of
 
 
 def _entry(created_ns: int, name: str, **others: object) -> dict:
@@ -33,3 +38,22 @@ def test_those_of_the_step_with_their_durations() -> None:
         ("send", 1024, None),
     ]
     assert {record.group for record in records} == {"5"}
+
+
+class _Group:
+    def __init__(self, desc: str, backend: str) -> None:
+        self.group_desc, self.group_name, self.backend = desc, "5", backend
+        self.is_timed = False
+
+    def _enable_collectives_timing(self) -> None:
+        if "gloo" in self.backend:
+            raise RuntimeError("Backend gloo is missing implementation of enableCollectivesTiming")
+        self.is_timed = True
+
+
+def test_a_group_that_cannot_be_timed_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [_Group("default_pg", "cpu:gloo,cuda:nccl"), _Group("control", "gloo"), _Group("mesh_tp", "nccl")]
+    monkeypatch.setattr(dist.distributed_c10d, "_world", SimpleNamespace(pg_map=dict.fromkeys(groups)))
+    monkeypatch.setattr(dist, "get_backend", lambda group: group.backend)
+    assert enable() == ("default_pg",)
+    assert [group.is_timed for group in groups] == [False, False, True]

@@ -7,6 +7,7 @@ import random
 import socket
 import urllib.request
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import pytest
 from cluster.errors import FabricError
 from cluster.fabric.findings import Finding
 from cluster.fabric.groups import world_group
+from cluster.fabric.monitor import head_analyser
+from cluster.fabric.monitor.durations import RankLists
 from cluster.fabric.monitor.expected import ExpectedStep, read_profile
 from cluster.fabric.monitor.head_analyser import MonitorAnalyser, analyser_spec
-from cluster.fabric.monitor.rank_messages import DURATIONS, EXPECTED
+from cluster.fabric.monitor.rank_messages import DURATIONS, EXPECTED, OFF
 from cluster.fabric.predict import CommunicationRow, predict
 from cluster.fabric.watch.setup import HeadContext
 from tests.cluster.fabric.collectives import FakeCollectives, swept
@@ -48,7 +51,9 @@ class _Head:
         for step in range(steps):
             work = {**EVEN, 2: 0.14} if slow_from <= step < slow_to else EVEN
             for rank, told in step_of(step, work, noise=noise).items():
-                self.analyser.on_message(rank, DURATIONS, json.loads(json.dumps(told.as_payload())), float(step))
+                self.analyser.on_message(
+                    rank, DURATIONS, json.loads(json.dumps(told.as_payload(RankLists()))), float(step)
+                )
             found += self.analyser.tick(float(step))
         return found
 
@@ -79,6 +84,8 @@ def test_prometheus_reads_the_last_window(tmp_path: Path) -> None:
             text = answer.read().decode()
     finally:
         head.analyser.close()
+    assert head.events[0][1]["message"].startswith(f"fabric.prometheus_port = {port}: ")
+    assert "on all interfaces of this host" in head.events[0][1]["message"]
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(figures["mega_step"]) == 19
     assert float(figures['mega_busy_seconds{rank="2"}']) == pytest.approx(0.14, rel=0.1)
@@ -129,3 +136,53 @@ def test_a_profile_that_is_none_is_told(tmp_path: Path, content: str | None) -> 
     with pytest.raises(FabricError) as caught:
         read_profile(path)
     assert str(caught.value).startswith(f"fabric.profile = {str(path)!r}: ")
+
+
+def test_a_full_disk_costs_lines_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = _Head(tmp_path)
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(head_analyser, "_append", full)
+        patch.setattr(head.analyser, "_context", replace(head.analyser._context, event=full))
+        (found,) = head.run(0, 100, 20)
+    assert found.ranks == (2,)
+    path = tmp_path / "fabric" / "windows.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"step"')  # what a full disk leaves of a line
+    head.run(0, 100, 5)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()[1:]] == [4]
+    (event,) = head.events
+    assert event[1]["message"] == (
+        "4 line(s) of fabric/windows.jsonl could not be written: [Errno 28] No space left on device"
+    )
+
+
+def test_a_rank_that_gives_up_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    head = _Head(tmp_path)
+    head.analyser.on_message(1, OFF, {"reason": "no kernel"}, 0.0)
+    for step in range(10):
+        for rank, told in step_of(step, EVEN).items():
+            if rank != 1:
+                head.analyser.on_message(rank, DURATIONS, told.as_payload(RankLists()), 0.0)
+    assert len((tmp_path / "fabric" / "windows.jsonl").read_text().splitlines()) == 2
+    (event,) = head.events
+    assert event == ("notice", {"message": "rank 1 on h1 times its collectives no more: no kernel"})
+
+
+def test_ranks_that_never_report_are_told_once(tmp_path: Path) -> None:
+    head = _Head(tmp_path)
+    for step in range(60):
+        for rank, told in step_of(step, EVEN).items():
+            if rank != 3:
+                head.analyser.on_message(rank, DURATIONS, told.as_payload(RankLists()), float(step))
+        head.analyser.tick(float(step))
+    assert len((tmp_path / "fabric" / "windows.jsonl").read_text().splitlines()) == 10
+    (event,) = head.events
+    assert event[0] == "ranks_silent"
+    assert event[1]["ranks"] == [3]
+    assert event[1]["message"].startswith(
+        "the durations of 1 rank(s) do not get through, of 12 watched steps in a row: 3; "
+    )

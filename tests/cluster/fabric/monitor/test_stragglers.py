@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.fabric.findings import Finding
+from cluster.fabric.monitor.durations import GroupDurations, StepDurations
 from cluster.fabric.monitor.stragglers import StragglerSearch
 from tests.cluster.fabric.monitor.stories import step_of, windows_of
 
@@ -36,8 +37,13 @@ def test_a_rank_that_becomes_slow_is_named_once_with_its_cost(knows_waits: bool)
     assert found.evidence["cost_s_per_step"] == pytest.approx(0.03, rel=0.3)
     assert found.evidence["late_s"] > found.evidence["others_late_s"] + 0.02
     assert found.confidence > 0.99
-    assert found.sentence.startswith("rank 2 on h2 holds the others up since step 60: it works for 1")
-    assert "its 3 peers need 1" in found.sentence
+    assert found.sentence.startswith("rank 2 on h2 holds the others up since step 60: it ")
+    if knows_waits:
+        assert "it works for 1" in found.sentence
+        assert "its 3 peers need 1" in found.sentence
+    else:
+        assert "it comes to the collectives " in found.sentence
+        assert "a step later than its 3 peers" in found.sentence
 
 
 def test_two_slow_ranks_are_both_named() -> None:
@@ -138,3 +144,47 @@ def test_thousands_of_ranks_take_seconds() -> None:
     ranks = tuple(work)
     found = _findings(lambda step: step_of(step, work, groups=(("world", ranks),), noise=noise), steps=15)
     assert [finding.ranks for finding in found] == [(1234,)]
+
+
+def _overlapped(step: int, late_s: dict[int, float], noise: random.Random) -> dict[int, StepDurations]:
+    """As NCCL tells it: eight ranks, a step of one second, ten collectives behind the computing that take longer than the step
+    when summed; a late rank's are shorter."""
+    ranks = tuple(range(8))
+    return {
+        rank: StepDurations(
+            step=step,
+            role="stage 0",
+            step_s=1.0,
+            busy_s=None,
+            every=1,
+            cost_s=1e-4,
+            groups=(
+                GroupDurations(
+                    axis="dp",
+                    ranks=ranks,
+                    kinds=("all_reduce",) * 10,
+                    num_bytes=(1000,) * 10,
+                    seconds=tuple(0.15 - late_s.get(rank, 0.0) / 10 + noise.gauss(0, 0.003) for _ in range(10)),
+                    waited_s=0.0,
+                ),
+            ),
+        )
+        for rank in ranks
+    }
+
+
+def test_where_communication_hides_behind_computing_the_late_rank_is_named() -> None:
+    noise = random.Random(12)
+    (found,) = _findings(lambda step: _overlapped(step, {3: 0.25} if step >= 40 else {}, noise))
+    assert found.ranks == (3,)
+    assert found.evidence["since_step"] == 40
+    assert found.evidence["late_s"] == pytest.approx(0.25, rel=0.4)
+    assert found.evidence["cost_s_per_step"] == pytest.approx(0.25, rel=0.3)
+    assert "busy_s" not in found.evidence
+
+
+def test_nobody_is_late_in_healthy_runs_that_hide_their_communication() -> None:
+    for seed in range(20):
+        noise = random.Random(seed)
+        found = _findings(lambda step, noise=noise: _overlapped(step, {}, noise))
+        assert not found, f"seed {seed}: {found[0].sentence}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from cluster.fabric.monitor.durations import StepDurations
-from cluster.fabric.monitor.windows import Gathering, Sample, group_times, window_of, work_of
+from cluster.fabric.monitor.durations import RankLists, StepDurations
+from cluster.fabric.monitor.gathering import Gathering
+from cluster.fabric.monitor.windows import Sample, burdens_of, group_times, window_of
 from tests.cluster.fabric.monitor.stories import WORLD, step_of, windows_of
 
 
@@ -30,18 +32,33 @@ def test_a_group_that_not_all_ranks_told_of_says_nothing() -> None:
 
 def test_what_does_not_end_together_is_no_evidence() -> None:
     def with_kind(told: StepDurations) -> StepDurations:
-        payload = told.as_payload()
+        payload = told.as_payload(RankLists())
         payload["groups"][0]["kinds"] = ["broadcast"]
-        return StepDurations.from_payload(payload)
+        return StepDurations.from_payload(payload, RankLists())
 
     ranks = {rank: with_kind(told) for rank, told in step_of(1, {0: 0.1, 1: 0.2, 2: 0.1, 3: 0.1}).items()}
     assert group_times(Sample(step=1, ranks=ranks))[WORLD].floor_s == {}
 
 
-def test_without_waits_work_is_the_step_without_its_collectives() -> None:
-    told = step_of(1, {0: 0.10, 1: 0.10, 2: 0.14, 3: 0.10}, knows_waits=False)
-    assert work_of(told[2]) == pytest.approx(0.14)
-    assert work_of(told[0]) == pytest.approx(0.10)
+def test_without_waits_it_counts_who_is_late_by_his_own_fault() -> None:
+    groups = (("tp", (0, 1)), ("tp", (2, 3)), ("dp", (0, 2)), ("dp", (1, 3)))
+    ranks = step_of(1, {0: 0.10, 1: 0.10, 2: 0.14, 3: 0.10}, groups=groups, knows_waits=False)
+    sample = Sample(step=1, ranks=ranks)
+    # 3 waits for 2 in tp, and is late in dp for that.
+    assert group_times(sample)["dp", (1, 3)].late_s[3] == pytest.approx(0.04)
+    assert burdens_of(sample, group_times(sample)) == pytest.approx({0: 0.0, 1: 0.0, 2: 0.04, 3: 0.0})
+
+
+def test_two_process_groups_of_the_same_ranks_are_added() -> None:
+    def twice(told: StepDurations, back: bool) -> StepDurations:
+        other = replace(told.groups[0], num_bytes=(7,), seconds=(0.5,), waited_s=0.5)
+        return replace(told, groups=(other, told.groups[0]) if back else (told.groups[0], other))
+
+    ranks = step_of(1, {0: 0.10, 1: 0.10, 2: 0.14, 3: 0.11}, network_s=0.02)
+    sample = Sample(step=1, ranks={rank: twice(told, rank % 2 == 0) for rank, told in ranks.items()})
+    times = group_times(sample)[WORLD]
+    assert times.floor_s == pytest.approx({"all_reduce": 0.52})
+    assert times.late_s == pytest.approx({0: 0.0, 1: 0.0, 2: 0.04, 3: 0.01})
 
 
 def test_windows_hold_the_steps_that_all_have_told_of() -> None:
@@ -51,11 +68,10 @@ def test_windows_hold_the_steps_that_all_have_told_of() -> None:
     for step in range(40):
         for rank, told in step_of(step, work, every=2).items():
             if step % 2 == 0 or rank != 3:  # rank 3 watches only half of the steps
-                windows.append(gathering.add(rank, told))
-    complete = [window for window in windows if window is not None]
-    assert [window.first_step for window in complete] == [0, 6, 12, 18, 24, 30]
-    assert all(sample.step % 2 == 0 for window in complete for sample in window.samples)
-    assert len(gathering._pending) <= 33
+                windows += gathering.add(rank, told, float(step))
+    assert [window.first_step for window in windows] == [0, 6, 12, 18, 24, 30]
+    assert all(sample.step % 2 == 0 for window in windows for sample in window.samples)
+    assert len(gathering._pending) <= 1
 
 
 def test_a_run_that_goes_back_to_a_checkpoint_begins_a_new_window() -> None:
