@@ -8,6 +8,7 @@ ends the run: the others get a few seconds, then they are killed, and the first 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -35,6 +36,8 @@ class Grace:
     """Then: to end on SIGTERM, before they are killed."""
     stopped: float = 60.0
     """After one rank has stopped in good order (75): to do the same."""
+    done: float = math.inf
+    """After rank 0 has done all (0): to end too."""
 
 
 @dataclass(kw_only=True)
@@ -102,8 +105,10 @@ class _Ranks:
                 for rank in running:
                     rank.ended_by_us = True
                     rank.signal(signal.SIGTERM)
+            done = self.ranks[0].ended_at if self.ranks[0].process.returncode == 0 else None
             late = failed is not None and now > failed + self.grace.own_end + self.grace.terminated
-            if late or (stopped is not None and now > stopped + self.grace.stopped):
+            late |= stopped is not None and now > stopped + self.grace.stopped
+            if late or (done is not None and now > done + self.grace.done):
                 for rank in running:
                     rank.end_now()
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.local_ranks import free_port
@@ -134,6 +137,41 @@ def test_a_rank_without_a_first_rank_says_so() -> None:
     assert ended.code == 1
     assert "rank 1 of 2" in ended.err
     assert "start rank 0" in ended.err
+
+
+def test_a_rank_that_is_stopped_for_good_does_not_hold_the_answer_back() -> None:
+    command = [sys.executable, "-m", "launcher", "fabric", "diagnose", "--ranks", "3", "--timeout", "6", "--json"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started_by:
+        try:
+            ranks: dict[str, psutil.Process] = {}
+            deadline = time.monotonic() + 60
+            while "2" not in ranks:
+                assert time.monotonic() < deadline, "no rank 2 was started within 60 s"
+                for child in psutil.Process(started_by.pid).children():
+                    with contextlib.suppress(psutil.Error):
+                        ranks[child.environ().get("RANK", "")] = child
+            ranks["2"].suspend()
+            out, err = started_by.communicate(timeout=100)
+        finally:
+            started_by.kill()
+    assert started_by.returncode == 3, err
+    assert [(each["kind"], each["ranks"]) for each in json.loads(out)["findings"]] == [("missing_rank", [2])]
+    assert not ranks["2"].is_running() or ranks["2"].status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_is_no_verdict_and_no_run_is_not_reported_as_healthy(mega: Mega, tmp_path: Path) -> None:
+    (tmp_path / "pairs.json").write_text('{"hosts": ["a", "b"], "rounds": 1}')
+    for arguments, message in (
+        (["--diagnosis", str(tmp_path / "pairs.json")], "it has no verdict"),
+        (["--sweep", str(tmp_path / "pairs.json")], "is not what `mega fabric sweep --output` writes"),
+        (["--run", str(tmp_path / "nosuch")], "there is no such run"),
+    ):
+        ended = mega("fabric", "report", *arguments, "--to", str(tmp_path / "x.html"))
+        assert (ended.code, message in ended.err) == (1, True), ended.err
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_a_simulation_feeds_the_same_diagnosis(mega: Mega) -> None:

@@ -24,7 +24,7 @@ try:
     code = run_local_ranks(
         [], num_ranks=num_ranks, log_directory=logs, environ=os.environ, num_cores=6,
         say=lambda text: print("said:", text, flush=True), command=(sys.executable, "-c", script),
-        grace=Grace(own_end=0.3, terminated=0.3, stopped=0.3),
+        grace=Grace(own_end=1.5, terminated=0.3, stopped=0.3),
     )
     print(json.dumps({"code": code}), flush=True)
 except RankError as error:

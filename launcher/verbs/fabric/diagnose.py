@@ -37,6 +37,10 @@ ExcludeFile = Annotated[
 ]  # fmt: skip
 
 
+_MUCH_NOISE = 0.2
+"""Standard deviation of a transfer, as a share: the least fault that has to be found is one of 20 %."""
+
+
 def diagnose(
     out: Output,
     ranks: NumRanks = None,
@@ -95,9 +99,14 @@ def _sentences(verdict: Verdict) -> list[str]:
     lines = [finding.sentence for finding in verdict.findings]
     if verdict.healthy:
         lines.append("The fabric is healthy, as far as it was measured.")
+    noise = verdict.details.get("noise_share", 0.0)
+    if noise > _MUCH_NOISE:
+        lines.append(
+            f"Transfers differ by {noise:.0%} from one to the next: smaller faults may go unseen. Is anything else running?"
+        )
     if verdict.beta_s_per_byte and verdict.alpha_s is not None:
         lines.append(
             f"Between two hosts: {8e-6 / verdict.beta_s_per_byte:,.0f} Mbit/s, {1e6 * verdict.alpha_s:,.0f} us to start a "
-            f"message ({verdict.rounds} rounds, {verdict.seconds:.1f} s)."
+            f"message ({verdict.rounds} round(s), {verdict.seconds:.1f} s)."
         )
     return lines

@@ -18,7 +18,7 @@ from launcher.local_ranks import Grace, run_local_ranks
 from launcher.output import Output
 from launcher.place import Place, find_place
 from launcher.rank_environment import adopt, hosts_of_ranks, leaf_switch
-from launcher.rank_process import failure_file
+from launcher.rank_process import EXIT_INTERRUPTED, EXIT_STOPPED, failure_file
 
 if TYPE_CHECKING:
     from cluster.fabric.measured.fabric import MeasuredFabric
@@ -57,6 +57,9 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be measu
 
 _LAST_WORDS_S = 60.0
 """How long the ranks may measure on after one of them has died: to find out, and to tell what else they know."""
+
+_END_S = 5.0
+"""How long the others may take to end once rank 0 has told what it found: one may be stopped for good."""
 
 # Beside the ranks' logs: what rank 0 hands to the process that started it.
 _ANSWER_NAME = "answer.json"
@@ -162,21 +165,23 @@ def _in_children(out: Output, arguments: Sequence[str], num_ranks: int, reach: R
 
     with tempfile.TemporaryDirectory(prefix="mega-fabric-") as folder:
         answer_file = Path(folder) / _ANSWER_NAME
-        failure: RankError | None = None
+        failure = RankError("the ranks ended without a word of what they measured")
         try:
-            run_local_ranks(
+            code = run_local_ranks(
                 ["fabric", *arguments, "--ranks", str(num_ranks)],
                 num_ranks=num_ranks,
                 log_directory=Path(folder),
                 environ=os.environ,
                 num_cores=num_usable_cores(),
-                say=out.warn,
-                grace=Grace(own_end=reach.timeout_s + _LAST_WORDS_S),
+                say=lambda text: None,  # its words are of runs that save
+                grace=Grace(own_end=reach.timeout_s + _LAST_WORDS_S, done=_END_S),
             )
+            if code == EXIT_STOPPED:
+                failure = RankError("interrupted, before anything was found", exit_code=EXIT_INTERRUPTED)
         except RankError as error:
             failure = error
         if not answer_file.exists():
-            raise failure or RankError("the ranks ended without a word of what they measured")
+            raise failure
         told = json.loads(answer_file.read_text(encoding="utf-8"))
     return tell(out, Answer(data=told["data"], lines=told["lines"], exit_code=told["exit_code"]))
 

@@ -13,7 +13,7 @@ from launcher.output import Output
 
 Diagnosis = Annotated[Path | None, typer.Option(help="What `mega fabric diagnose --output` wrote.")]
 Sweep = Annotated[Path | None, typer.Option(help="What `mega fabric sweep --output` wrote.")]
-Run = Annotated[Path | None, typer.Option(help="Folder of a run whose monitor's records to show.")]
+Run = Annotated[Path | None, typer.Option(help="Name or folder of a run whose monitor's records to show.")]
 Check = Annotated[Path | None, typer.Option(help="What `mega fabric baseline check --json` said.")]
 Target = Annotated[Path, typer.Option("--to", help="HTML file to write: it needs nothing else.")]
 Png = Annotated[Path | None, typer.Option(help="Write the overview as a picture too.")]
@@ -32,16 +32,24 @@ def report(
 ) -> int:
     """Write what was found and measured as one HTML page: verdicts, curves, pair matrix, topology, waits."""
     from cluster.fabric.report import ReportData, write_report
+    from cluster.fabric.sweep import read_sweep
+    from launcher.run_record import find_run
 
     if not any((diagnosis, sweep, run, check)):
         raise ConfigError("a report of what? Give --diagnosis, --sweep, --check or --run")
-    events = _records(run / "events.jsonl") if run else []
+    folder = find_run(run).root if run else None
+    events = _records(folder / "events.jsonl") if folder else []
     expected = [event for event in events if event.get("event") == "communication_time"]
+    told = _object(diagnosis) if diagnosis else None
+    if told is not None and not {"healthy", "findings"} <= told.keys():
+        raise RunError(f"{diagnosis} is not what `mega fabric diagnose --output` writes: it has no verdict")
+    if sweep is not None:
+        read_sweep(sweep)  # says what is wrong with another file
     data = ReportData(
         title=title,
-        verdict=_object(diagnosis) if diagnosis else _verdict_of(events),
+        verdict=told or _verdict_of(events),
         sweep=_object(sweep) if sweep else None,
-        waits=_records(run / "fabric" / "windows.jsonl") if run else (),
+        waits=_records(folder / "fabric" / "windows.jsonl") if folder else (),
         predictions=expected[-1]["rows"] if expected else (),
         baseline=_object(check) if check else None,
     )

@@ -38,7 +38,7 @@ def watch(out: Output, run: Run, follow: Follow = False) -> int:
     out.say(f"The run {'is being watched' if seen.running else 'has ended'}; last word {age}.")
     out.table(
         ("rank", "host", "state", "quiet for", "doing"),
-        [(str(rank.rank), rank.host, rank.state, f"{rank.quiet_s:.1f} s", rank.doing) for rank in seen.ranks],
+        [(str(rank.rank), rank.host, rank.state, f"{max(0.0, rank.quiet_s):.1f} s", rank.doing) for rank in seen.ranks],
     )
     _tell_findings(out, seen, told)
     out.result(seen.as_data())
