@@ -25,7 +25,10 @@ from cluster.fabric.wide.network import slow_network as slow_network_of_many
 from cluster.fabric.wide.start_up import time_start_up
 
 MOST_IN_FULL = 64
-"""Endpoints of which all pairs are measured; with more, pairs are drawn adaptively."""
+"""Budget: endpoints of which all pairs are measured; with more, pairs are drawn adaptively."""
+_BROKEN_CONFIDENCE = 0.99
+"""Of a rank that does not answer, or a transfer that does not complete, in time. No statistics: silence was seen, not inferred;
+what is left of doubt is a host that would have answered later still."""
 
 
 def diagnose(fabric: Fabric, settings: DiagnosisSettings | None = None) -> Verdict:
@@ -136,7 +139,9 @@ def _stalled(session: Session, error: StalledError) -> Finding:
 
 
 def _broken(kind: Kind, hosts: tuple[str, ...], ranks: Sequence[int], said: str, **evidence: Any) -> Finding:
-    return Finding(kind=kind, hosts=hosts, ranks=tuple(ranks), confidence=0.99, evidence=evidence, sentence=said)
+    return Finding(
+        kind=kind, hosts=hosts, ranks=tuple(ranks), confidence=_BROKEN_CONFIDENCE, evidence=evidence, sentence=said
+    )
 
 
 def _hosts_of(session: Session, ranks: Sequence[int]) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ is stopped; and a rank that dies closes its connection, which is seen at once. I
 from __future__ import annotations
 
 import contextlib
+import errno
+import hmac
 import json
 import queue
 import selectors
@@ -26,6 +28,10 @@ _BEAT_S = 0.5
 _SEND_S = 5.0
 _SETTLE_S = 0.5
 """After one rank is found gone: ranks that went with it are to be named with it."""
+_LONGEST_HELLO, _LONGEST_LINE = 1 << 16, 1 << 26
+"""Bytes of a line: of one who has not said yet who he is, and of one who has. Lists of 100,000 ranks fit in the latter."""
+_NAMELESS_S = 60.0
+"""So long somebody may be connected without a hello. A rank first looks for its devices, which may take a while."""
 _PATIENCE_WITH_RANK_0 = 5
 """A rank waits so many times longer for a sign of rank 0 than rank 0 for one of it: the verdict comes from rank 0."""
 
@@ -33,13 +39,19 @@ _PATIENCE_WITH_RANK_0 = 5
 class Peer:
     """One end of a connection. `send` may be called from any thread, `receive` from one."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, *, longest: int = _LONGEST_LINE) -> None:
         connection.settimeout(_SEND_S)
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection = connection
+        self.rank: int | None = None
+        """Which rank it is, once it has said so and was welcome."""
+        self.longest = longest
+        """Bytes that a line may have. Who sends more is hung up on."""
         self.quiet_s = 0.0
         """How long nothing has come, in time that this process itself ran."""
+        self.age_s = 0.0
+        """How long it has been connected, in such time."""
         self._sending = threading.Lock()
         self._rest = b""
 
@@ -49,23 +61,30 @@ class Peer:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[Message]:
-        """What has come since; call it when there is something to read. Raises OSError or EOFError at the end."""
+        """What has come since; call it when there is something to read.
+
+        Raises OSError or EOFError at the end, and EOFError where that does not speak our language, whoever it is.
+        """
         data = self.connection.recv(1 << 16)
         if not data:
             raise EOFError
         self.quiet_s = 0.0
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if max(map(len, (*lines, self._rest))) > self.longest:
+            raise EOFError
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # brackets by the thousand are JSON too
             raise EOFError from error
         if not all(isinstance(message, dict) for message in messages):
-            raise EOFError  # whoever that is, it does not speak our language
+            raise EOFError
         return messages
 
     def wait(self, passed_s: float) -> float:
         """Adds to the time that nothing has come. A gap of more than two beats was this process's own: it was stopped."""
-        self.quiet_s += min(passed_s, 2 * _BEAT_S)
+        own_s = min(passed_s, 2 * _BEAT_S)
+        self.quiet_s += own_s
+        self.age_s += own_s
         return self.quiet_s
 
     def close(self) -> None:
@@ -75,9 +94,15 @@ class Peer:
 
 
 class Hub:
-    """Rank 0's end of all connections."""
+    """Rank 0's end of all connections.
 
-    def __init__(self, *, world_size: int, token: str, silence_s: float, family: socket.AddressFamily) -> None:
+    Anybody in the network may come to its port: what counts is said by those that know the token, each for its own rank.
+    """
+
+    def __init__(
+        self, *, world_size: int, token: str, silence_s: float, family: socket.AddressFamily, address: str = ""
+    ) -> None:
+        """`address`: the one of this host to listen at; empty for all of them. Raises OSError where that cannot be."""
         self.hellos: dict[int, Message] = {}
         """What each rank said of itself, by rank."""
         self.reached_at: dict[int, str] = {}
@@ -86,13 +111,15 @@ class Hub:
         self._token = token
         self._silence_s = silence_s
         self._peers: dict[int, Peer] = {}
+        self._nameless: set[Peer] = set()
         self._gone: set[int] = set()
         self._replies: dict[int, Message] = {}
         self._number = 0
         self._full = False
+        self._trouble = ""
         self._ended = False
         self._changed = threading.Condition()
-        self._listener = socket.create_server(("", 0), family=family, backlog=1024)
+        self._listener = socket.create_server((address, 0), family=family, backlog=1024)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._listen, name="fabric-hub", daemon=True)
@@ -110,10 +137,15 @@ class Hub:
         return far
 
     def gather(self, timeout_s: float) -> tuple[int, ...]:
-        """Waits until all ranks have said hello; returns those that have not in time. Then nobody comes in any more."""
+        """Waits until all ranks have said hello; returns those that have not in time. Then nobody comes in any more.
+
+        Raises FabricError where ranks that have come cannot be let in: they are not missing.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: len(self.hellos) == self._world_size, timeout_s)
+            self._changed.wait_for(lambda: self._trouble or len(self.hellos) == self._world_size, timeout_s)
             self._full = True
+            if self._trouble:
+                raise FabricError(self._trouble)
             return tuple(rank for rank in range(self._world_size) if rank not in self.hellos)
 
     def tell(self, rank: int, message: Mapping[str, Any]) -> None:
@@ -159,7 +191,7 @@ class Hub:
             self._changed.wait_for(lambda: not there - self._gone - self._replies.keys(), timeout_s)
             self._ended = True
         self._thread.join(2 * _BEAT_S + _SEND_S)
-        for peer in self._peers.values():
+        for peer in (*self._peers.values(), *self._nameless):
             peer.close()
         self._listener.close()
         self._selector.close()
@@ -170,6 +202,10 @@ class Hub:
             before, looked = looked, time.monotonic()
             for peer in self._peers.values():
                 peer.wait(looked - before)
+            for peer in list(self._nameless):
+                peer.wait(looked - before)
+                if peer.age_s > _NAMELESS_S:
+                    self._hang_up(peer)
             for key, _ in self._selector.select(_BEAT_S):
                 if key.fileobj is self._listener:
                     self._accept()
@@ -186,32 +222,57 @@ class Hub:
                     self.tell(rank, {"alive": True})
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             connection, _ = self._listener.accept()
-            self._selector.register(connection, selectors.EVENT_READ, Peer(connection))
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                # It would be told of the same newcomer again and again.
+                self._selector.unregister(self._listener)
+                with self._changed:
+                    self._trouble = (
+                        f"rank 0 may open no more files ({error.strerror}) with {len(self._peers)} of "
+                        f"{self._world_size} ranks there: raise its limit (ulimit -n)"
+                    )
+                    self._changed.notify_all()
+            return
+        peer = Peer(connection, longest=_LONGEST_HELLO)
+        self._nameless.add(peer)
+        self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def _read(self, peer: Peer) -> None:
         try:
-            messages = peer.receive()
+            for message in peer.receive():
+                self._take(peer, message)
         except (OSError, EOFError):
-            self._selector.unregister(peer.connection)
-            peer.close()
+            self._hang_up(peer)
+
+    def _take(self, peer: Peer, message: Message) -> None:
+        """Raises EOFError for what no rank of ours would say."""
+        if peer.rank is None:
+            hello = message.get("hello")
+            if not isinstance(hello, dict):
+                raise EOFError
+            self._welcome(peer, hello)
+        elif "number" in message:
+            if message.get("rank") != peer.rank:
+                raise EOFError
             with self._changed:
-                self._gone |= {rank for rank, other in self._peers.items() if other is peer}
+                if message["number"] == self._number:
+                    self._replies[peer.rank] = message
+                    self._changed.notify_all()
+
+    def _hang_up(self, peer: Peer) -> None:
+        self._nameless.discard(peer)
+        self._selector.unregister(peer.connection)
+        peer.close()
+        if peer.rank is not None:
+            with self._changed:
+                self._gone.add(peer.rank)
                 self._changed.notify_all()
-            return
-        for message in messages:
-            if "hello" in message:
-                self._welcome(peer, message["hello"])
-            elif "number" in message:
-                with self._changed:
-                    if message["number"] == self._number:
-                        self._replies[message["rank"]] = message
-                        self._changed.notify_all()
 
     def _welcome(self, peer: Peer, hello: Message) -> None:
         rank = hello.get("rank")
-        if hello.get("token") != self._token:
+        if not hmac.compare_digest(str(hello.get("token")).encode(errors="replace"), self._token.encode()):
             refusal = "it belongs to another run"
         elif not isinstance(rank, int) or not 0 <= rank < self._world_size:
             refusal = f"there is no rank {rank} of {self._world_size}"
@@ -220,6 +281,8 @@ class Hub:
         elif self._full:
             refusal = "it came after the others had stopped waiting; raise the time-out"
         else:
+            self._nameless.discard(peer)
+            peer.rank, peer.longest = rank, _LONGEST_LINE
             with self._changed:
                 self._peers[rank] = peer
                 self.hellos[rank] = hello

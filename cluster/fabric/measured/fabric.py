@@ -21,6 +21,8 @@ from cluster.fabric.measured.world import choose_transport, endpoints_of, networ
 from cluster.fabric.probing import Endpoint, Figures, Flows, StalledError, UnresponsiveError
 
 T = TypeVar("T")
+_REST_SHARE = 0.08
+"""Of the time of a turn of compute, where ranks share a machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +90,20 @@ class MeasuredFabric:
         return self._failure is None
 
     def compute(self, who: Sequence[int], *, work_s: float) -> Figures:
-        """See `Fabric.compute`. Ranks of one machine take turns.
+        """See `Fabric.compute`. Ranks of one machine take turns, with a rest after each.
+
+        A kernel takes cores for a while from who has left none of a period's time to others: real-time processes 50 ms
+        in each second, containers with a quota what they have used too much. It must not do so within the next one's turn.
 
         A quota of CPU time shows in wall-clock time only where `work_s` is a few of its periods (100 ms by default) long.
         """
         if self._unit_seconds is None:
             everybody = range(len(self._endpoints))
-            self._unit_seconds = float(min(self._in_turns(everybody, {"do": "calibrate"}, 5.0)))
+            calibrated = self._in_turns(everybody, {"do": "calibrate"}, timeout_s=5.0, rest_s=0.0)
+            self._unit_seconds = float(min(calibrated))
         units = max(1, round(work_s / self._unit_seconds))
-        return np.array(self._in_turns(who, {"do": "compute", "units": units}, 50 * work_s))
+        command = {"do": "compute", "units": units}
+        return np.array(self._in_turns(who, command, timeout_s=50 * work_s, rest_s=_REST_SHARE * work_s))
 
     def transfer(self, flows: Flows, *, num_bytes: int) -> Figures:
         """See `Fabric.transfer`."""
@@ -172,8 +179,12 @@ class MeasuredFabric:
         except (UnresponsiveError, StalledError) as error:
             self._failure = error
 
-    def _in_turns(self, who: Sequence[int], command: Message, timeout_s: float) -> list[float]:
-        """Each endpoint's seconds. Machines work at the same time, ranks of one machine one after another."""
+    def _in_turns(self, who: Sequence[int], command: Message, *, timeout_s: float, rest_s: float) -> list[float]:
+        """Each endpoint's seconds. Machines work at the same time, ranks of one machine one after another.
+
+        After each turn all rest for `rest_s`, where any two endpoints share a machine.
+        """
+        are_shared = len({endpoint.machine for endpoint in self._endpoints}) < len(self._endpoints)
         turns: list[list[int]] = []
         taken: Counter[str] = Counter()
         for place, index in enumerate(who):
@@ -188,6 +199,8 @@ class MeasuredFabric:
             wait_s = max(timeout_s, self._options.round_timeout_s)
             for rank, answer in self._ask(dict.fromkeys(ranks, command), wait_s, "computing").items():
                 seconds[ranks[rank]] = answer["seconds"]
+            if are_shared:
+                time.sleep(rest_s)
         return seconds
 
     def _flow_figures(self, flows: Flows, command: Message, during: str) -> Figures:

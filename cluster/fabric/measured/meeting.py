@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from cluster.errors import FabricError
 from cluster.fabric.measured.control import Hub
+from cluster.fabric.measured.files import allow_connections
 from cluster.fabric.measured.place import FabricPlace, MeasureOptions
 
 T = TypeVar("T")
@@ -43,6 +44,9 @@ class Meeting:
 
 def meet(place: FabricPlace, options: MeasureOptions) -> Meeting:
     """Opens the meeting point on rank 0, finds rank 0 there on the others. Raises FabricError where it is not there in time."""
+    if place.rank == 0:
+        # From each rank one to the hub, and one to the store where that is here too.
+        allow_connections(place.world_size * (1 if place.agent_store else 2))
     host, port = _split(place.address)
     deadline = time.monotonic() + options.start_timeout_s
     seconds = f"{options.start_timeout_s:g} s"
@@ -78,19 +82,41 @@ def _keep_store(place: FabricPlace, host: str, port: int, options: MeasureOption
 def _open(place: FabricPlace, options: MeasureOptions, store: dist.Store, host: str) -> Meeting:
     family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
     token = secrets.token_hex(16)
-    hub = Hub(world_size=place.world_size, token=token, silence_s=options.silence_s, family=family)
-    # The meeting point's own host, by the name that everybody knows; another address where rank 0 is elsewhere.
-    said = {"host": _own_address_if_elsewhere(host), "port": hub.port, "token": token}
-    store.set(_KEY, json.dumps(said))
+    way = _way_to(host)
+
+    def hub_at(address: str) -> Hub:
+        return Hub(
+            world_size=place.world_size, token=token, silence_s=options.silence_s, family=family, address=address
+        )
+
+    try:
+        hub = hub_at(way.listens_at)
+    except OSError:  # such as an address that needs its interface's name with it
+        hub = hub_at("")
+    store.set(_KEY, json.dumps({"host": way.elsewhere, "port": hub.port, "token": token}))
     return Meeting(store=store, token=token, connection=hub.attach(), hub=hub)
 
 
-def _own_address_if_elsewhere(host: str) -> str:
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How the others find rank 0 from the meeting point."""
+
+    elsewhere: str
+    """Rank 0's address where it is on another host; empty on the meeting point's own, by the name that everybody knows."""
+    listens_at: str
+    """The one address that all of them come to; empty where that is not sure."""
+
+
+def _way_to(host: str) -> _Way:
     family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing, and tells which of our addresses leads there
-        own = probe.getsockname()[0]
-    return "" if own == address[0] or own.startswith("127.") or own == "::1" else str(own)
+        own = str(probe.getsockname()[0])
+    if own.startswith("127.") or own == "::1":
+        # Many hosts call themselves by a name that leads to the loopback device there, and elsewhere to them.
+        is_for_this_host_alone = host in ("localhost", address[0])
+        return _Way(elsewhere="", listens_at=str(address[0]) if is_for_this_host_alone else "")
+    return _Way(elsewhere="" if own == address[0] else own, listens_at=own)
 
 
 def _knock(host: str, port: int, deadline: float, missing: FabricError) -> None:

@@ -28,8 +28,13 @@ from cluster.fabric.measured.transport import (
     TransportStalledError,
 )
 
+_FLOWS = "flows"
 _NEVER_SENT = 1 << 30
 """A tag of no message."""
+_MOST_IN_MESH = 64
+"""Ranks of a gloo group that all connect to all others at its start. In larger ones they do where they first need to."""
+_CONNECT_FACTOR = 5
+"""gloo waits for a peer to connect so many times as long as for anything else in a group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +61,11 @@ class TorchTransport:
         self._workpiece = workpiece
         self._groups: dict[tuple[str, tuple[int, ...]], Any] = {}
         self._pipes: dict[bool, Any] = {}
+        self._heard: int | None = None
+        """A peer of whom something has come, so that there is a connection to it."""
         if place.rank in place.peers:
             # NCCL runs what one pair exchanges in one order. With a group for each direction the two do not meet.
-            upwards = self._group("flows", place.peers)
+            upwards = self._group(_FLOWS, place.peers)
             downwards = upwards if place.backend == "gloo" else self._group("flows back", place.peers)
             self._pipes = {True: upwards, False: downwards}
 
@@ -109,8 +116,10 @@ class TorchTransport:
                     group.abort()
                 elif len(ranks) > 1:
                     # gloo has no abort: but where one wait's time is up, it fails all others of the group.
-                    neighbour = (ranks.index(self._place.rank) + 1) % len(ranks)
-                    group.recv([torch.empty(1)], neighbour, _NEVER_SENT).wait(timedelta(milliseconds=1))
+                    other = ranks.index(self._place.rank) + 1
+                    if self._heard in ranks and len(ranks) > _MOST_IN_MESH:
+                        other = ranks.index(self._heard)
+                    group.recv([torch.empty(1)], other % len(ranks), _NEVER_SENT).wait(timedelta(milliseconds=1))
 
     def close(self, *, clean: bool) -> None:
         """See `Transport.close`."""
@@ -133,7 +142,11 @@ class TorchTransport:
             place = self._place
             store = dist.PrefixStore(f"{purpose} {' '.join(map(str, ranks))}", place.store)
             make = _gloo_group if place.backend == "gloo" else _nccl_group
-            self._groups[key] = make(place, store, ranks.index(place.rank), len(ranks))
+            timeout_s = place.timeout_s
+            if purpose == _FLOWS and len(ranks) > _MOST_IN_MESH:
+                # Whoever asks for a peer that does not connect can do nothing else, and must be back within the round.
+                timeout_s /= 2 * _CONNECT_FACTOR
+            self._groups[key] = make(place, store, ranks.index(place.rank), len(ranks), timedelta(seconds=timeout_s))
         return self._groups[key]
 
     def _pipe(self, sender: int, receiver: int) -> Any:
@@ -149,6 +162,7 @@ class TorchTransport:
         works = [pipe.recv([chunk], sender, flow.index) for _ in range(train.num_warmup + train.num_chunks)]
         for number, work in enumerate(works, start=1):
             stamps.wait(work, deadline)
+            self._heard = flow.sender
             if number >= train.num_warmup:
                 stamps.stamp()
         return rate_of(stamps.seconds(deadline), train)
@@ -161,6 +175,8 @@ class TorchTransport:
         failed: set[int] = set()
         for _ in range(train.num_warmup + train.num_chunks):
             for flow in flows:
+                if flow.index in failed:
+                    continue
                 pipe, receiver = self._pipe(flow.sender, flow.receiver), self._place.peers.index(flow.receiver)
                 try:
                     works[flow.index].append(pipe.send([chunk], receiver, flow.index))
@@ -226,18 +242,17 @@ class _InThreads:
             self._unfinished.append(flow.index)
 
 
-def _gloo_group(place: TorchPlace, store: dist.Store, rank: int, size: int) -> Any:
+def _gloo_group(place: TorchPlace, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
     gloo: Any = dist.ProcessGroupGloo  # its types lack what is used here
     options = gloo._Options()
     # Not by the host's name, as gloo does by itself: names resolve to the loopback device on many machines.
-    options._devices = [
-        gloo.create_device(interface=place.interface) if place.interface else gloo.create_device(hostname=place.address)
-    ]
-    options._timeout = timedelta(seconds=place.timeout_s)
+    where = {"interface": place.interface} if place.interface else {"hostname": place.address}
+    options._devices = [gloo.create_device(**where, lazy_init=size > _MOST_IN_MESH)]
+    options._timeout = timeout
     return gloo(store, rank, size, options)
 
 
-def _nccl_group(place: TorchPlace, store: dist.Store, rank: int, size: int) -> Any:
+def _nccl_group(place: TorchPlace, store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timedelta(seconds=place.timeout_s)
+    options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)

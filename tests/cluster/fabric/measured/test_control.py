@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import selectors
 import socket
 import threading
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import FabricError
+from cluster.fabric.measured import control
 from cluster.fabric.measured.control import Hub, Line
 from cluster.fabric.probing import UnresponsiveError
 
@@ -125,11 +128,99 @@ def test_a_line_whose_hub_has_ended_says_so() -> None:
     hub.stop(clean=False)
 
 
-@pytest.mark.parametrize("words", [b"GET / HTTP/1.1\r\n\r\n", b"5\n"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"5\n",
+        b"[" * 60_000 + b"\n",
+        b'{"hello": 5}\n',
+        b'{"number": 0}\n',
+        b'{"number": 1, "rank": 0, "growth": {}}\n',
+        b"\xff\n",
+        b"x" * (1 << 17),
+    ],
+    ids=[
+        "another protocol",
+        "a number",
+        "brackets",
+        "a hello of 5",
+        "no rank",
+        "a reply",
+        "no text",
+        "an endless line",
+    ],
+)
 def test_what_is_not_our_language_is_hung_up_on(hub: Hub, words: bytes) -> None:
     with socket.create_connection(("127.0.0.1", hub.port), timeout=10.0) as stranger:
         stranger.sendall(words)
-        assert stranger.recv(1) == b""
+        assert _is_hung_up_on(stranger)
     lines = [_line(hub, 0), _line(hub, 1)]
     assert hub.gather(10.0) == ()
     assert not any(line.ended.is_set() for line in lines)
+
+
+def _is_hung_up_on(stranger: socket.socket) -> bool:
+    try:
+        return stranger.recv(1) == b""
+    except ConnectionResetError:  # it had sent more than was read
+        return True
+
+
+@pytest.mark.parametrize("token", ['"\\ud800"', "5", "null"])
+def test_a_token_that_is_none_is_refused(hub: Hub, token: str) -> None:
+    with socket.create_connection(("127.0.0.1", hub.port), timeout=10.0) as stranger:
+        stranger.sendall(f'{{"hello": {{"token": {token}, "rank": 1}}}}\n'.encode())
+        assert b"it belongs to another run" in stranger.recv(1000)
+    _line(hub, 0)
+    _line(hub, 1)
+    assert hub.gather(10.0) == ()
+
+
+def test_nobody_answers_for_another_rank(hub: Hub) -> None:
+    _answering(_line(hub, 0))
+    forger = socket.create_connection(("127.0.0.1", hub.port), timeout=10.0)
+    forger.sendall(b'{"hello": {"token": "ours", "rank": 1}}\n')
+    assert hub.gather(10.0) == ()
+    forger.sendall(b'{"number": 1, "rank": 0, "echo": "forged"}\n')
+    assert _is_hung_up_on_at_last(forger)
+    with pytest.raises(UnresponsiveError) as caught:
+        hub.ask({0: {"do": "this"}}, timeout_s=10.0, during="a test")
+    assert caught.value.ranks == (1,)
+
+
+def _is_hung_up_on_at_last(stranger: socket.socket) -> bool:
+    while stranger.recv(1000):  # signs of life
+        pass
+    return True
+
+
+def test_who_says_nothing_is_hung_up_on(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_NAMELESS_S", 0.1)
+    line = _line(hub, 0)
+    with socket.create_connection(("127.0.0.1", hub.port), timeout=10.0) as stranger:
+        assert stranger.recv(1) == b""
+    assert not line.ended.is_set()
+
+
+def test_a_rank_for_whom_no_file_is_left_is_not_called_missing(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def accept(self) -> None:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        def fileno(self) -> int:
+            return listener.fileno()
+
+    listener = hub._listener
+    hub._selector.unregister(listener)
+    full: Any = Full()
+    monkeypatch.setattr(hub, "_listener", full)
+    hub._selector.register(full, selectors.EVENT_READ)
+    with (
+        socket.create_connection(listener.getsockname(), timeout=10.0),
+        pytest.raises(
+            FabricError, match=r"rank 0 may open no more files \(Too many open files\) with 0 of 2 ranks there"
+        ),
+    ):
+        hub.gather(60.0)
+    monkeypatch.undo()

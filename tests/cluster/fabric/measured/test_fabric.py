@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from cluster.errors import FabricError
+from cluster.fabric.measured import torch_transport
 from cluster.fabric.measured.fabric import MeasuredFabric, run_on_fabric
 from cluster.fabric.measured.place import FabricPlace, MeasureOptions
-from cluster.fabric.measured.transport import COLLECTIVE_KINDS
+from cluster.fabric.measured.transport import COLLECTIVE_KINDS, TransferOutcome
 from cluster.fabric.probing import StalledError, UnresponsiveError
 from parallel.world import World
 from tests.gloo_pool import GlooPool
@@ -178,6 +179,60 @@ def test_a_flow_that_does_not_come_through_is_named_where_all_ranks_answer(gloo_
     flows, words = gloo_ranks(4, _stalled)[0]
     assert flows == ((2, 3),)
     assert words == "transfers 2->3 did not complete during a transfer of 1048576 bytes"
+
+
+def _without_a_mesh(world: World) -> Any:
+    make = torch_transport._gloo_group
+    opened: list[int] = []
+
+    def counting(*arguments: Any) -> Any:
+        before = _num_sockets()
+        group = make(*arguments)
+        opened.append(_num_sockets() - before)
+        return group
+
+    def work(fabric: MeasuredFabric) -> Any:
+        assert (fabric.transfer(PAIRS, num_bytes=1 << 20) > 0).all()
+        assert (fabric.round_trip(PAIRS[[0, 2]], repeats=3) > 0).all()
+        times = fabric.collective("all_reduce", 4096, [[0, 1, 2, 3]], iterations=2, warmup=1)
+        return times.correct
+
+    with (
+        mock.patch.object(torch_transport, "_MOST_IN_MESH", 2),
+        mock.patch.object(torch_transport, "_gloo_group", counting),
+    ):
+        return _run(world, work), opened[0]
+
+
+def _num_sockets() -> int:
+    return sum("socket:" in os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd"))
+
+
+def test_a_large_group_connects_where_it_first_needs_to(gloo_ranks: GlooPool) -> None:
+    only_where_it_listens = 1
+    assert gloo_ranks(4, _without_a_mesh) == [(correct, only_where_it_listens) for correct in (True, None, None, None)]
+
+
+def _never_connects(world: World) -> Any:
+    def takes_no_part(*_: Any, **__: Any) -> TransferOutcome:
+        return TransferOutcome()
+
+    def work(fabric: MeasuredFabric) -> Any:
+        with pytest.raises(StalledError) as caught:
+            fabric.transfer(PAIRS, num_bytes=1 << 20)
+        return sorted(caught.value.flows)
+
+    transfer = takes_no_part if world.rank == 2 else torch_transport.TorchTransport.transfer
+    options = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=2.0, round_timeout_s=5.0)
+    with (
+        mock.patch.object(torch_transport, "_MOST_IN_MESH", 2),
+        mock.patch.object(torch_transport.TorchTransport, "transfer", transfer),
+    ):
+        return _run(world, work, options)
+
+
+def test_flows_to_who_never_connects_are_named_in_time(gloo_ranks: GlooPool) -> None:
+    assert gloo_ranks(4, _never_connects)[0] == [(2, 3), (3, 2)]
 
 
 def _differing(world: World) -> Any:
