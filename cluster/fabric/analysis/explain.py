@@ -29,19 +29,20 @@ PartKind = Literal["sender", "receiver", "path", "uplink"]
 Mask = NDArray[np.bool_]
 
 _HEALTHY_QUANTILE = 75
-"""Percentile of rates taken as healthy at first: an uplink congested both ways slows more than half of all pairs."""
+"""Physics: percentile of rates taken as healthy at first: an uplink congested both ways slows more than half of all pairs."""
 _MOST_TRIALS = 60
+"""Budget: of time, a step of the search."""
 _FEWEST_FOR_A_SPREAD = 6
-"""Measurements from which on a part's own spread is estimated; of fewer it would mostly be chance."""
+"""Statistics: measurements from which on a part's own spread is estimated; of fewer it would mostly be chance."""
 _MOST_PARTS = 6
+"""Effect of interest: as many faults at once as anyone may hope to tell apart."""
 _PRICE_OF_A_LEVEL = 3.0
-"""Of one more effect of an uplink, for another number of flows at once."""
+"""Statistics: of one more effect of an uplink, for another number of flows at once."""
 _EXHAUSTIVE = 10
-"""Up to this many endpoints all ways to divide them in two are tried as groups with an uplink between them."""
-
-
+"""Budget: up to this many endpoints all ways to divide them in two are tried as groups with an uplink between them."""
 _PRICE_OF_MIXTURE = 10.0
-"""Of an uplink between groups that are no neighbours in the order of ranks, which launchers mostly give to neighbours."""
+"""Statistics (a prior): of an uplink between groups that are no neighbours in the order of ranks: launchers mostly give
+neighbouring ranks to neighbours."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,13 @@ from cluster.fabric.findings import Finding, Kind
 from cluster.fabric.probing import Endpoint
 
 _ONE_WAY = 0.4
-"""A loss one way that is less than this share of the other way's is a side effect of it, such as lost acknowledgements."""
+"""Physics: a loss one way that is less than this share of the other way's is a side effect of it. A queue or loss one way delays
+the acknowledgements of what comes the other way, which costs that a part of its rate, as measured on hosts with one such fault;
+a host that is slow both ways by itself loses about as much each way."""
 _LEAST_RULE = 0.1
-"""A way that loses less than this as a rule (by the median) is slow by accidents alone."""
+"""Effect of interest: a way that loses less than this as a rule (by the median) is slow by accidents alone."""
 _MOST_CERTAIN = 0.999
+"""Statistics: no model of noise is right to more digits than this, however small the tail that it computes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from cluster.fabric.probing import Figures, Flows
 from cluster.fabric.statistics import noise_from_repeats
 
 LEAST_NOISE = 0.01
-"""No measurement on a network repeats better than this, whatever a few repeats say."""
+"""Physics: no measurement on a network repeats better than this, whatever a few repeats say."""
 
 
 class Observations:

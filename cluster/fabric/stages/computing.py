@@ -15,10 +15,13 @@ from cluster.fabric.statistics import Contrast, contrast, noise_from_repeats, ro
 _PASSES = 2
 _CONTROLS = 3
 _LEAST_REPEATS, _MOST_REPEATS = 4, 12
+"""Budget: of time; endpoints that share a machine take turns."""
 _LASTING = 1.15
-"""Times the smallest loss of interest that is named: endpoints that are well differ a little for good."""
+"""Effect of interest: times the smallest loss of interest that is named: endpoints that are well differ a little for good."""
 _FULL_MACHINE = 8
+"""Budget: with more endpoints than this on one machine each gets a shorter piece of work."""
 _LEAST_NOISE = 0.005
+"""Physics: no clock and scheduler repeat a time better than this, whatever a few repeats say."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,18 +20,20 @@ from cluster.fabric.stages.session import Session
 from cluster.fabric.statistics import Contrast, binomial_tail, contrast, student_tail
 
 _LEAST_REPEATS, _MOST_REPEATS = 4, 14
+"""Budget: fewer have no spread of their own; what is open after so many is not worth more time."""
 _MOST_SUSPECT_HOSTS = 6
+"""Budget: as many as the search for explanations names at most."""
 _EVIDENT, _TRUST = 10.0, 20.0
-"""A part whose suspicion made the screening more likely by this much (a logarithm) may be confirmed at a tail this many times
-as wide: the two are independent measurements."""
+"""Statistics: a part whose suspicion made the screening more likely by this much (a logarithm) may be confirmed at a tail this
+many times as wide: the two are independent measurements."""
 _SIDE_EFFECT = 0.75
-"""A loss one way that is less than this share of the other way's may be a side effect, and is tried alone."""
+"""Physics: a loss one way that is less than this share of the other way's may be a side effect, and is tried alone."""
 _SLOWEST = 5.0
-"""An accident counts as at most this many times slower in the mean time of a byte, lest one decide all."""
+"""Statistics: an accident counts as at most this many times slower in the mean time of a byte, lest one decide all."""
 _FASTEST = 1.2
-"""Faster than this a flow only seems: its first bytes came late."""
+"""Physics: faster than this a flow only seems: its first bytes came late."""
 _SHARE_OF_TIME = 0.65
-"""Of the time for repeats that the comparisons of network parts may use; the rest is for compute and for evidence."""
+"""Budget: of the time for repeats that the comparisons of network parts may use; the rest is for compute and for evidence."""
 
 
 @dataclass(frozen=True, kw_only=True)

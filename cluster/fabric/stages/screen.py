@@ -7,12 +7,14 @@ from cluster.fabric.schedule import both_ways, circle_rounds, halving_rounds, re
 from cluster.fabric.stages.session import Session
 
 _REPEATS, _MOST_REPEATS = 3, 5
+"""Budget: of passes over all pairs."""
 _QUIET, _REPEATS_IN_QUIET = 0.025, 2
-"""Standard deviation of the logarithm of a rate below which two repeats show what three do."""
+"""Statistics: standard deviation of the logarithm of a rate below which two repeats show what three do."""
 _MANY, _REPEATS_OF_MANY = 16, 2
-"""With more endpoints than this each row and column has so many pairs that fewer repeats suffice."""
+"""Budget: with more endpoints than this each row and column has so many pairs that fewer repeats suffice."""
 _NOISY = 0.08
-"""Standard deviation of the logarithm of a rate above which three repeats are too few to see a loss of a fifth in a path."""
+"""Statistics: standard deviation of the logarithm of a rate above which three repeats are too few to see a loss of a fifth in a
+path."""
 
 
 def screen(session: Session) -> Explanation:

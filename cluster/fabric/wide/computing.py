@@ -17,12 +17,14 @@ _EARLIEST = 3
 LEAST_PASSES, _MOST_PASSES = 4, 6
 MOST_ROUNDS = 12
 _CONTROLS = 200
+"""Budget: rounds of compute, rounds of a whole diagnosis, and endpoints that are timed beside suspects."""
 _SUSPECT, _CERTAIN = 0.7, 1.5
-"""Times the smallest loss of interest: slow in one pass; named after all, where noise is so low."""
+"""Effect of interest: times the smallest loss of interest: slow in one pass; named after all, where noise is so low."""
 _DOF = 100
 _PRIOR_DOF = 3
+"""Statistics: of the spread of the controls, about half of which tell something new; and as how many passes it counts."""
 _LARGEST_TAIL = 1e-3
-"""Of a loss by chance, by its own spread too: a few accidents in a row vary more than slow compute does."""
+"""Statistics: of a loss by chance, by its own spread too: a few accidents in a row vary more than slow compute does."""
 
 
 def slow_computing(session: Session) -> list[Slow]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from cluster.fabric.probing import Figures, Flows
 
 _FLOOR = -1.0
-"""Logarithms of rates below this count as this: an outlier must not stand for many measurements."""
+"""Statistics: logarithms of rates below this count as this: an outlier must not stand for many measurements."""
 
 
 class Ends:

@@ -18,6 +18,7 @@ from cluster.fabric.probing import Endpoint, Flows
 Indices = NDArray[np.intp]
 Mask = NDArray[np.bool_]
 _LEAST_LEAVES, _LEAST_SIZE = 3, 4
+"""Physics: with two leaves an uplink of one is that of the other; leaves of fewer endpoints have no pairs to compare with."""
 NO_FLOWS: Flows = np.zeros((0, 2), dtype=np.intp)
 
 

@@ -19,26 +19,32 @@ from cluster.fabric.wide.together import without_scapegoats
 
 _LEAST_ROUNDS = 2
 _ROUNDS_WITHOUT_LEAVES = 6
+"""Budget: of the comparison of suspects. Where leaves are not known, some rounds meet shared cables."""
 _CERTAIN = 1.3
-"""Times the smallest loss of interest that is named: among thousands of endpoints chance alone reaches that loss."""
+"""Effect of interest: times the smallest loss of interest that is named: among thousands of endpoints chance alone
+reaches that loss."""
 _FRESH, _SECOND_BEST = 1.2, 0.6
+"""Effect of interest: the same of medians, and of all measurements but the best."""
 _PATH_TAIL = 0.01
-"""Of the measurements of a path by chance: there are two ends of a path for every endpoint, and few measurements of each."""
+"""Statistics: of the measurements of a path by chance: there are two ends of a path for every endpoint, and few measurements
+of each."""
 _LEAST_SAMPLES = 4
+"""Statistics: fewer measurements convict nobody."""
 _MEETING = 0.2
-"""Share of flows between leaves that share a cable with another of the few."""
+"""Physics: share of flows between leaves that share a cable with another of the few."""
 _ODD = 0.03
-"""Share of outliers."""
+"""Physics: share of outliers on a network that is well."""
 _UNEVEN = 0.2
-"""Standard deviation of the logarithm of what foreign traffic leaves, from cable to cable and moment to moment."""
+"""Physics: standard deviation of the logarithm of what foreign traffic leaves, from cable to cable and moment to moment."""
 _MEETING_DENSITY = 1 / 1.4
-"""Of their logarithms: anywhere between a tenth and three quarters lost."""
+"""Physics: of their logarithms: anywhere between a tenth and three quarters lost."""
 _LEAST_RATIO = 6.0
-"""Logarithm of the ratio of likelihoods that convicts a leaf."""
+"""Statistics: logarithm of the ratio of likelihoods that convicts a leaf: 400 to 1, since some suspect leaves are tried."""
 _LEAF_SHARE, _MOST_OF_A_LEAF = 0.2, 6
-"""Share of a suspect leaf's endpoints that send, or receive, in one round, and the most of them."""
+"""Budget: share of a suspect leaf's endpoints that send, or receive, in one round, and the most of them."""
 _LEAF_SAMPLES = 12
 _CONTROLS = 200
+"""Budget: flows of a suspect leaf in all rounds, and control flows in each."""
 
 
 def slow_network(session: Session) -> list[Slow]:

@@ -15,17 +15,20 @@ from cluster.fabric.wide.layout import Indices, Layout, Mask, layout_of, pairs_f
 
 WITHIN_ROUNDS = 3
 ACROSS_ROUNDS = 3
+"""Budget: half of the dozen rounds of a diagnosis."""
 _HASHED_SHARE = 0.25
-"""Of a leaf's endpoints that send out at once where flows may share a cable: most then run alone."""
+"""Physics: of a leaf's endpoints that send out at once where flows may share a cable: most then run alone."""
 _COLLISION_FREE, _FREE_SHARE = math.log(0.8), 0.6
-"""Rate, against that under one leaf, that at least this share of flows reaches where tables keep all apart."""
+"""Physics: rate, against that under one leaf, that at least this share of flows reaches where tables keep all apart."""
 _FIRST_BYTES = 1 << 24
-"""Enough for 0.3 ms at 400 Gbit/s: the first round counts, and shows how large the others should be."""
+"""Budget: enough for 0.3 ms at 400 Gbit/s: the first round counts, and shows how large the others should be."""
 _ALWAYS, _MOSTLY, _ON_AVERAGE = 0.7, 0.5, 1.0
-"""Times the smallest loss of interest: whoever lost so much in every round is suspected, or in all but one and on average."""
+"""Effect of interest: times the smallest loss of interest: whoever lost so much in every round is suspected, or in all but one
+and on average."""
 _MOST_SUSPECTS = 1 / 8
+"""Budget: share of the endpoints; each suspect takes a good one as its partner."""
 _SEEN = 4
-"""Times that an end was slow beside few flows before it is suspected, where leaves are not known."""
+"""Statistics: times that an end was slow beside few flows before it is suspected, where leaves are not known."""
 
 
 @dataclass(frozen=True, kw_only=True)

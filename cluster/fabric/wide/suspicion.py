@@ -13,10 +13,15 @@ from cluster.fabric.wide.layout import Layout
 from cluster.fabric.wide.survey import Crossing, Survey
 
 _MOST_LEAVES, _MOST_PATHS = 6, 200
+"""Budget: suspects that the rounds after the survey have flows for."""
 _LEAST_Z = 2.0
+"""Statistics: enough to suspect a leaf, not to accuse it."""
 _SLOW_FAR = 0.8
+"""Effect of interest: times the smallest loss of interest that makes a path suspect."""
 _FAST = math.log(0.88)
+"""Effect of interest: a flow that lost less than about the smallest loss of interest ran as if alone."""
 _FLOOR = math.log(0.2)
+"""Statistics: slower flows count as this slow, lest one outlier stand for many."""
 
 
 @dataclass(frozen=True, kw_only=True)
