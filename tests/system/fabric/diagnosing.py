@@ -22,7 +22,6 @@ from tests.system.fabric.ranks import HostRank, Ranks
 
 DIAGNOSIS_SECONDS = 90.0
 """Three times what a diagnosis may take, for a busy machine."""
-_REST_SHARE = 0.08
 
 
 class DiagnosingRanks:
@@ -95,16 +94,9 @@ class Recording:
         return time.monotonic() - self._begin
 
     def compute(self, who: Sequence[int], *, work_s: float) -> Figures:
-        """See `Fabric`. With a rest after each turn.
-
-        The kernel takes a core from processes that run before all others (see `favour_this_process`) for 50 ms in each
-        second in which they have left nothing to the others. It must not do so within what is timed.
-        """
-        seconds = []
-        for one in who:
-            seconds.append(float(self._fabric.compute([one], work_s=work_s)[0]))
-            time.sleep(_REST_SHARE * work_s)
-        return self._keep("compute", [int(one) for one in who], np.array(seconds), work_s=work_s)
+        """See `Fabric`."""
+        seconds = self._fabric.compute(who, work_s=work_s)
+        return self._keep("compute", [int(one) for one in who], seconds, work_s=work_s)
 
     def transfer(self, flows: Flows, *, num_bytes: int) -> Figures:
         """See `Fabric`."""
