@@ -8,6 +8,7 @@ mismatch. All there and nothing moves: the transport.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -233,10 +234,16 @@ def _missing(late: Mapping[int, Sequence[_Wait]], scene: _Scene, patience: Patie
     due = {
         rank: missed
         for rank, missed in sorted(late.items())
-        if max(wait.seconds for wait in missed) >= patience.of(scene.states[rank])
+        if min(max(wait.seconds for wait in missed), _seconds_of_chance(scene.states[rank]))
+        >= patience.of(scene.states[rank])
     }
     firsts = {rank: _first(missed, scene.states) for rank, missed in due.items()}
     return tuple(told.missing(scene.states[rank], wait.place, wait.seconds, waiters) for rank, wait in firsts.items())
+
+
+def _seconds_of_chance(state: RankState) -> float:
+    """How long it could have come: what was stopped goes on a moment ago."""
+    return state.life_s if state.life == "running" else math.inf
 
 
 def _circles(scene: _Scene) -> tuple[Finding, ...]:

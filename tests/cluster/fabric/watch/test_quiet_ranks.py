@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+from cluster.fabric.watch.hang import Patience, find_hangs
 from tests.cluster.fabric.watch.states import LOOP, play
 from tests.cluster.fabric.watch.test_head import _Run
 
@@ -39,3 +41,13 @@ def test_ranks_that_compute_for_long_are_asked_seldom(tmp_path: Path) -> None:
         run.report(**{f"r{rank}": {"quiet_s": float(second), "activity": "working"} for rank in range(4)})
     assert 4 <= run.orders.count("ask") <= 8
     assert run.findings == []
+
+
+def test_a_rank_that_was_stopped_and_goes_on_is_given_time() -> None:
+    programs = {rank: list(LOOP) * 4 for rank in range(4)}
+    del programs[2][-4:]
+    states = play(programs, waited_s=13.0)
+    patience = Patience(hang_seconds=8.0)
+    assert [finding.ranks for finding in find_hangs(states, patience)] == [(2,)]
+    again = {**states, 2: replace(states[2], life_s=0.4)}
+    assert find_hangs(again, patience) == ()
