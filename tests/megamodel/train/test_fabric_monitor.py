@@ -255,3 +255,18 @@ def test_a_noisy_measurement_does_not_meet_the_bound(monkeypatch: pytest.MonkeyP
         assert result["cost_share"] < benchmark.BOUND
         assert result["met"] == met
     assert not benchmark.summary(options, world, pairs[:1], [], True)["met"]
+
+
+def test_a_watch_that_cannot_start_is_told_and_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> Watch:
+        raise ValueError("filedescriptor out of range in select()")
+
+    monkeypatch.setattr(fabric_callback, "start_watch", fail)
+    page = io.StringIO()
+    job = SimpleNamespace(run_directory=tmp_path, fabric=FabricConfig(monitor="on"))
+    world = SimpleNamespace(
+        rank=0, world_size=2, local_rank=0, backend="gloo", address=None, broadcast_object=lambda text: text
+    )
+    console = Console(file=page, width=200)
+    assert fabric_callback.watch_run(job, world, console=console) is None  # type: ignore[arg-type]
+    assert page.getvalue() == "this run is not watched: ValueError: filedescriptor out of range in select()\n"
