@@ -16,6 +16,7 @@ import pytest
 from launcher.local_ranks import free_port
 from launcher.verbs.fabric.sizes import parse_sizes, words
 from tests.launcher.conftest import Ended, Mega
+from tests.requirements import mpirun, requires
 
 
 def started(*arguments: str, **environ: str) -> Ended:
@@ -96,6 +97,17 @@ def test_pairs_are_shown_as_a_matrix() -> None:
         [row == column for column in range(3)] for row in range(3)
     ]
     assert ended.json["rounds"] == 3
+
+
+@requires("mpi")
+@pytest.mark.parametrize("transport", ["mpi", "gloo"])
+def test_ranks_of_mpirun_measure_and_end_in_good_order(transport: str) -> None:
+    started_by = [str(mpirun()), "--allow-run-as-root", "--oversubscribe", "-n", "2"]
+    command = [*started_by, sys.executable, "-m", "launcher", "fabric", "pairs", "--transport", transport, "--json"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rounds"] == 1
 
 
 def test_ranks_that_never_come_are_missing(tmp_path: Path) -> None:

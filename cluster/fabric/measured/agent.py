@@ -33,6 +33,8 @@ class Agent:
         self._transport: Transport | None = None
         self._snapshot: Snapshot | None = None
         self._failure: BaseException | None = None
+        self.sent_home_in_order = False
+        """Whether rank 0 has let this rank go with nobody lost."""
         self._line = Line(meeting.connection, self._hello(), silence_s=options.silence_s, interrupt=self._interrupt)
         self._thread = threading.Thread(target=self._serve, name="fabric-agent", daemon=True)
         self._thread.start()
@@ -73,6 +75,7 @@ class Agent:
             while True:
                 command = self._line.next_command()
                 if command["do"] == "stop":
+                    self.sent_home_in_order = command["clean"]
                     if self._transport is not None:
                         self._transport.close(clean=command["clean"])
                     self._line.reply(command["number"], {})

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cluster.errors import FabricError
+from cluster.fabric.measured import mpi_transport
 from cluster.fabric.measured.agent import Agent
 from cluster.fabric.measured.control import Hub, Message
 from cluster.fabric.measured.meeting import meet
@@ -267,6 +268,8 @@ def run_on_fabric(place: FabricPlace, options: MeasureOptions, work: Callable[[M
     agent = Agent(meeting, place, options)
     if meeting.hub is None:
         agent.join()
+        if agent.sent_home_in_order:
+            mpi_transport.leave()
         return None
     fabric = None
     try:
@@ -274,5 +277,8 @@ def run_on_fabric(place: FabricPlace, options: MeasureOptions, work: Callable[[M
         return work(fabric)
     finally:
         meeting.close()
-        meeting.hub.stop(clean=fabric is not None and fabric.intact)
+        in_order = fabric is not None and fabric.intact
+        meeting.hub.stop(clean=in_order)
         agent.end()
+        if in_order:
+            mpi_transport.leave()

@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -43,7 +44,7 @@ def load_mpi() -> Any:
     try:
         import mpi4py
 
-        # Its own end waits for all ranks, also for those that are lost; `MpiTransport.close` ends it where all are there.
+        # Its own end waits for all ranks, also for those that are lost; `leave` ends it where all are there.
         mpi4py.rc.finalize = False
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -64,6 +65,13 @@ def meet() -> tuple[str, int]:
             found = (socket.gethostname(), probe.getsockname()[1])
     agreed: tuple[str, int] = world.bcast(found, root=0)
     return agreed
+
+
+def leave() -> None:
+    """Ends MPI, where this process has begun it. Every rank of the MPI job must come: it waits for them, and lets no other
+    thread of Python run meanwhile. Without it mpirun takes the end of a rank for a failure."""
+    if "mpi4py.MPI" in sys.modules and not load_mpi().Is_finalized():
+        load_mpi().Finalize()
 
 
 class MpiTransport:
@@ -167,9 +175,7 @@ class MpiTransport:
         """Nothing: no call of this transport waits without looking at the time."""
 
     def close(self, *, clean: bool) -> None:
-        """See `Transport.close`."""
-        if clean and not self._mpi.Is_finalized():
-            self._mpi.Finalize()
+        """Nothing: `leave` ends MPI, once nothing else is left to do."""
 
     def _complete(self, requests: Sequence[Any], deadline: float, note: Callable[[Sequence[int]], None]) -> list[int]:
         """Waits for all, telling `note` which have come each time some have. Returns those that had not by the deadline."""

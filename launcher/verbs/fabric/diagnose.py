@@ -67,7 +67,7 @@ def diagnose(
         root=root,
     )
     if dry_run:
-        place = find_ranks(reach)
+        place = find_ranks(reach, dry_run=True)
         lines = [f"Would time compute, and transfers between pairs of hosts, among {place.num_ranks} ranks."]
         return tell(out, Answer(data={"ranks": place.num_ranks}, lines=lines)) if place.rank == 0 else 0
     files = [("--exclude-file", exclude_file), ("--output", output)]

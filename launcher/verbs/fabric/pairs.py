@@ -53,7 +53,7 @@ def pairs(
         ranks=ranks, transport=transport, host_name=host_name, interface=interface, timeout_s=timeout, rails=rails
     )
     if dry_run:
-        place = find_ranks(reach)
+        place = find_ranks(reach, dry_run=True)
         lines = [f"Would send {words(num_bytes)} both ways between all pairs of the hosts of {place.num_ranks} ranks."]
         return tell(out, Answer(data={"ranks": place.num_ranks}, lines=lines)) if place.rank == 0 else 0
     given = [("--bytes", str(num_bytes)), ("--repeats", str(repeats))]

@@ -100,9 +100,12 @@ class Answer:
     exit_code: int = 0
 
 
-def find_ranks(reach: Reach) -> Place:
-    """This process's place; under srun or mpirun it takes torchrun's variables on first. Raises ConfigError for a lone rank."""
-    adopt(os.environ, meet_over_mpi=_meet_over_mpi)
+def find_ranks(reach: Reach, *, dry_run: bool = False) -> Place:
+    """This process's place; under srun or mpirun it takes torchrun's variables on first. Raises ConfigError for a lone rank.
+
+    dry_run: nothing will be measured, and so ranks of MPI need not meet.
+    """
+    adopt(os.environ, meet_over_mpi=(lambda: ("", 0)) if dry_run else _meet_over_mpi)
     place = find_place(os.environ, reach.ranks)
     if place.num_ranks < 2:
         raise ConfigError(

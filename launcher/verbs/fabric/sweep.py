@@ -69,7 +69,7 @@ def sweep(
     reach = Reach(
         ranks=ranks, transport=transport, host_name=host_name, interface=interface, timeout_s=timeout, rails=True
     )
-    place = find_ranks(reach)
+    place = find_ranks(reach, dry_run=dry_run)
     plan = _plan(kinds, sizes, mesh, modes, iterations, place.num_ranks)
     if dry_run:
         return tell(out, _what_would_run(plan)) if place.rank == 0 else 0
