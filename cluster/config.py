@@ -22,7 +22,7 @@ class FabricConfig(BaseModel):
     """Steps in one window. Only what lasts for three windows is told as a straggler, a slow group or a change."""
 
     prometheus_port: int | None = Field(default=None, ge=1, le=65535)
-    """Port on rank 0's host that serves the monitor's figures to Prometheus; none: no port is opened."""
+    """Port on rank 0's host, on all its interfaces, that serves the monitor's figures to Prometheus; none: no port is opened."""
 
     profile: str | None = Field(default=None, min_length=1)
     """File that `mega fabric sweep --output` wrote on this cluster: a run then tells how long its communication should
