@@ -23,6 +23,10 @@ _SUSPECT, _CERTAIN = 0.7, 1.5
 _DOF = 100
 _PRIOR_DOF = 3
 """Statistics: of the spread of the controls, about half of which tell something new; and as how many passes it counts."""
+_IN_A_ROW = 0.01
+"""Statistics: endpoints of which accidents alone may have spoilt all passes but one, where it ends early."""
+_ACCIDENT = 5.0
+"""Statistics: times the noise beyond which a pass was disturbed."""
 _LARGEST_TAIL = 1e-3
 """Statistics: of a loss by chance, by its own spread too: a few accidents in a row vary more than slow compute does."""
 
@@ -52,7 +56,8 @@ def slow_computing(session: Session) -> list[Slow]:
         if number + 1 < _EARLIEST:
             continue
         found, hopeful = _judged(session, logs[: number + 1], suspects, controls, passes, math.exp(reference))
-        if len(found) == len(hopeful):
+        in_a_row = session.count * (number + 1) * _accidents(logs[: number + 1, controls]) ** number
+        if not hopeful or (len(found) == len(hopeful) and in_a_row < _IN_A_ROW):
             break
     return found
 
@@ -69,6 +74,12 @@ def _judged(
     hopeful = [end for end in lasting if _level(logs[:, end], noise, passes // 2) >= bound]
     found = [_slow(end, logs[:, end], noise, control_s) for end in lasting if _level(logs[:, end], noise) >= bound]
     return [item for item in found if item.tail < _LARGEST_TAIL], hopeful
+
+
+def _accidents(logs: Figures) -> float:
+    """Probability that a pass is disturbed, by the controls', (passes, controls); one more than was seen."""
+    away = logs - np.median(logs, axis=0)
+    return float((1 + (away > _ACCIDENT * robust_spread(away)).sum()) / away.size)
 
 
 def _noise(logs: Figures) -> tuple[float, float]:
