@@ -21,6 +21,7 @@ from cluster.fabric.stages.screen import screen
 from cluster.fabric.stages.session import Session
 from cluster.fabric.wide.computing import LEAST_PASSES
 from cluster.fabric.wide.computing import slow_computing as slow_computing_of_many
+from cluster.fabric.wide.layout import has_many_leaves
 from cluster.fabric.wide.network import slow_network as slow_network_of_many
 from cluster.fabric.wide.start_up import time_start_up
 
@@ -43,7 +44,7 @@ def diagnose(fabric: Fabric, settings: DiagnosisSettings | None = None) -> Verdi
     try:
         for stage, rounds_after in ((_network, LEAST_PASSES), (_computing, 0)):
             slow += stage(session)
-            if session.count > MOST_IN_FULL:
+            if _is_wide(session):
                 time_start_up(session, left=rounds_after)
     except UnresponsiveError as error:
         broken.append(_missing(session, error))
@@ -60,8 +61,14 @@ def diagnose(fabric: Fabric, settings: DiagnosisSettings | None = None) -> Verdi
     )
 
 
+def _is_wide(session: Session) -> bool:
+    """Whether pairs are drawn adaptively: there are too many for all, or leaf by leaf, since flows between leaves may share
+    a cable by chance, which is no fault."""
+    return session.count > MOST_IN_FULL or has_many_leaves(session.endpoints)
+
+
 def _computing(session: Session) -> list[Slow]:
-    if session.count > MOST_IN_FULL:
+    if _is_wide(session):
         return slow_computing_of_many(session)
     return [_slow_compute(item) for item in slow_computing(session)]
 
@@ -69,7 +76,7 @@ def _computing(session: Session) -> list[Slow]:
 def _network(session: Session) -> list[Slow]:
     if session.count < 2:
         return []
-    if session.count > MOST_IN_FULL:
+    if _is_wide(session):
         return slow_network_of_many(session)
     suspected = screen(session).suspicions
     confirmed: list[Confirmed] = []

@@ -160,3 +160,10 @@ def test_start_up_is_timed_where_rounds_are_left_and_never_within_a_host() -> No
     assert session.alpha_s == 0.5
     hosts = situation.topology.host_of[asked[0]]
     assert (hosts[:, 0] != hosts[:, 1]).all()
+
+
+@pytest.mark.parametrize("hosts", [32, 64])
+def test_a_few_dozen_hosts_whose_flows_are_hashed_onto_cables_are_healthy(hosts: int) -> None:
+    plan = SimulationPlan(hosts=hosts, fault="none", cases=6, seed=11)
+    result = simulate(plan, diagnose)
+    assert result.right == 6, [case.found for case in result.cases]
