@@ -32,7 +32,8 @@ _FLOWS = "flows"
 _NEVER_SENT = 1 << 30
 """A tag of no message."""
 _MOST_IN_MESH = 64
-"""Ranks of a gloo group that all connect to all others at its start. In larger ones they do where they first need to."""
+"""Ranks of a gloo group that all connect to all others at its start. In larger ones they do where they first need to; there
+gloo may abort a process (EnforceNotMet, from a thread of its own) whose peer never connects: rank 0 then calls it missing."""
 _CONNECT_FACTOR = 5
 """gloo waits for a peer to connect so many times as long as for anything else in a group."""
 

@@ -15,7 +15,7 @@ from cluster.errors import FabricError
 from cluster.fabric.measured import torch_transport
 from cluster.fabric.measured.fabric import MeasuredFabric, run_on_fabric
 from cluster.fabric.measured.place import FabricPlace, MeasureOptions
-from cluster.fabric.measured.transport import COLLECTIVE_KINDS, TransferOutcome
+from cluster.fabric.measured.transport import COLLECTIVE_KINDS
 from cluster.fabric.probing import StalledError, UnresponsiveError
 from parallel.world import World
 from tests.gloo_pool import GlooPool
@@ -211,28 +211,6 @@ def _num_sockets() -> int:
 def test_a_large_group_connects_where_it_first_needs_to(gloo_ranks: GlooPool) -> None:
     only_where_it_listens = 1
     assert gloo_ranks(4, _without_a_mesh) == [(correct, only_where_it_listens) for correct in (True, None, None, None)]
-
-
-def _never_connects(world: World) -> Any:
-    def takes_no_part(*_: Any, **__: Any) -> TransferOutcome:
-        return TransferOutcome()
-
-    def work(fabric: MeasuredFabric) -> Any:
-        with pytest.raises(StalledError) as caught:
-            fabric.transfer(PAIRS, num_bytes=1 << 20)
-        return sorted(caught.value.flows)
-
-    transfer = takes_no_part if world.rank == 2 else torch_transport.TorchTransport.transfer
-    options = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=2.0, round_timeout_s=5.0)
-    with (
-        mock.patch.object(torch_transport, "_MOST_IN_MESH", 2),
-        mock.patch.object(torch_transport.TorchTransport, "transfer", transfer),
-    ):
-        return _run(world, work, options)
-
-
-def test_flows_to_who_never_connects_are_named_in_time(gloo_ranks: GlooPool) -> None:
-    assert gloo_ranks(4, _never_connects)[0] == [(2, 3), (3, 2)]
 
 
 def _differing(world: World) -> Any:
