@@ -57,6 +57,7 @@ class Watch:
         """Use `start_watch`."""
         own = this_process()
         self._setup = setup
+        self._stacks = stacks.StackFile(setup.directory, setup.rank)
         self._token = meeting.token
         self._watcher = watcher_name(meeting.token, setup.host)
         self._hello = {
@@ -64,7 +65,7 @@ class Watch:
             "rank": setup.rank,
             "pid": own.pid,
             "start": own.start_ticks,
-            "signal": stacks.listen(setup.directory, setup.rank),
+            "signal": self._stacks.signal,
         }
         self._name = rank_name(meeting.token, setup.rank)
         self._socket = local_socket(self._name)
@@ -168,13 +169,16 @@ class Watch:
         return object()
 
     def _answer(self, seconds: float) -> None:
-        """Hears the watcher for a while: it may ask for all calls."""
+        """Hears the watcher for a while: it may ask for all calls, or for stacks."""
         deadline = time.monotonic() + seconds
         while not self._end.is_set() and (left := deadline - time.monotonic()) > 0:
             if not is_readable(self._socket, left):
                 return
             # One answer for all that were asked meanwhile.
-            if [message for message in receive_datagrams(self._socket, self._token) if message["t"] == "ask"]:
+            asked = {message["t"] for message in receive_datagrams(self._socket, self._token)}
+            if "stacks" in asked:
+                self._stacks.write()
+            if "ask" in asked:
                 self._tell_calls()
 
     def _tell_calls(self) -> None:

@@ -51,6 +51,8 @@ _QUIET_SECONDS = 2.0
 """A rank that has done nothing for so long is looked at."""
 _SILENT_SECONDS = 5.0
 """A thread that speaks once a second and has not for so long cannot run."""
+_STACKS_SECONDS = 3.0
+"""A thread that is asked for stacks and has not written them by then cannot run."""
 _STARVED_SECONDS = 20.0
 """The same where the machine has no time for the rank."""
 
@@ -71,7 +73,8 @@ class _Rank:
     is_working: bool = True
     place: list[str] = field(default_factory=list)
     usage: tuple[float, Usage] | None = None
-    stacks_asked: bool = False
+    stacks_due: tuple[float, int] | None = None
+    """When its own thread should have written its stacks, and the size of their file before."""
 
     @property
     def is_here(self) -> bool:
@@ -215,6 +218,10 @@ class Watcher:
         for number, rank in self._ranks.items():
             if not rank.is_here:
                 continue
+            if rank.stacks_due is not None and now >= rank.stacks_due[0]:
+                if stacks.size(self._directory, number) == rank.stacks_due[1]:
+                    stacks.ask(rank.process, rank.signal)
+                rank.stacks_due = None
             if rank.pid_file is None and not lives(rank.process):
                 self._set_life(number, "dead", now)
             elif max(rank.quiet_s, now - rank.heard) >= _QUIET_SECONDS:
@@ -274,14 +281,15 @@ class Watcher:
             if message["t"] == "ask" and rank.is_here:
                 send_datagram(self._socket, rank_name(self._token, number), self._token, {"t": "ask"})
             elif message["t"] == "stacks":
-                self._take_stacks(number, rank)
+                self._take_stacks(number, rank, time.monotonic())
 
-    def _take_stacks(self, number: int, rank: _Rank) -> None:
+    def _take_stacks(self, number: int, rank: _Rank, now: float) -> None:
         if rank.life in ("stopped", "dead"):
             why = f"the process is {rank.life}, so that it cannot write them"
             stacks.account_for(self._directory, number, why, rank.place)
         elif rank.life != "ended" and rank.signal:
-            stacks.ask(rank.process, rank.signal)
+            rank.stacks_due = now + _STACKS_SECONDS, stacks.size(self._directory, number)
+            send_datagram(self._socket, rank_name(self._token, number), self._token, {"t": "stacks"})
 
 
 def _open_process(process: ProcessId) -> int | None:

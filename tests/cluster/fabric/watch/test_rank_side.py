@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,7 +172,8 @@ def _many_files() -> Iterator[None]:
 def test_a_rank_with_many_files_has_its_watch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stacks, "listen", lambda *_: 0)  # it would close the file of an earlier test
+    # It would close the file of an earlier test.
+    monkeypatch.setattr(stacks, "StackFile", lambda *_: SimpleNamespace(signal=0, write=lambda: None))
     watch = start_watch(_setup(tmp_path, lambda text: text or "", world_size=1))
     assert watch._socket.fileno() > 1024
     (end,) = [thread for thread in threading.enumerate() if thread.name == "fabric-watcher-end"]
