@@ -13,6 +13,7 @@ from cluster.config import FabricConfig
 from data_pipeline.config import DataConfig
 from launcher.checks import RunLayout, cross_checks
 from launcher.config_loading import Complaint, LoadedConfig, load_config
+from launcher.jobs.config import LaunchConfig, SlurmConfig
 from launcher.toml_writing import to_toml
 from megamodel.convert.config import ExportConfig
 from megamodel.generate.config import GenerateConfig
@@ -60,6 +61,10 @@ class RunConfig(BaseModel):
     """How text is sampled, after training and by `mega generate`."""
     export: ExportConfig = Field(default_factory=ExportConfig)
     """What a finished run is exported to."""
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)
+    """How `mega launch` starts the run on hosts, and what it does when something fails."""
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig)
+    """What `mega launch --on slurm` asks SLURM for."""
 
     @property
     def run_directory(self) -> Path:

@@ -1,0 +1,119 @@
+"""What a job keeps beside its run, in `runs/<name>/launch/`: how it was started, and how its supervisor sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from megamodel.train.run_directory import RunDirectory
+
+JobState = Literal["queued", "running", "restarting", "finished", "failed"]
+BackendName = Literal["local", "torchrun", "slurm", "mpi"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """How a job was started; written once by `mega launch`, and again where it is submitted anew."""
+
+    backend: BackendName
+    job_id: str | None
+    """Of SLURM. None elsewhere."""
+    submitted: float
+    """Seconds since 1970."""
+    submitted_from: str
+    """Host."""
+    nodes: int
+    """Hosts asked for, spares included."""
+    earlier_job_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorState:
+    """The supervisor's account of itself. Rewritten whole at least every few seconds while it lives."""
+
+    state: JobState
+    host: str
+    pid: int
+    updated: float
+    """Seconds since 1970."""
+    attempt: int = 0
+    """Number of the attempt, which is that of its folder in logs/; 0 before the first."""
+    restarts: int = 0
+    """Attempts after the first, over all starts of the job."""
+    requeues: int = 0
+    attempts_without_progress: int = 0
+    last_checkpoint: int = 0
+    """Step of the newest checkpoint when the last attempt ended."""
+    cause: str | None = None
+    """Why the last attempt ended, in one line, where it failed; why the job failed."""
+    hosts: tuple[str, ...] = ()
+    """That train now."""
+    excluded_hosts: dict[str, str] = field(default_factory=dict)
+    """Hosts that are not used any more, with the reason."""
+
+
+class JobFolder:
+    """`runs/<name>/launch/`."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.root = run.root / "launch"
+        self.config = self.root / "config.toml"
+        """The configuration as it was submitted: what is changed later in the user's files changes no queued job."""
+        self.script = self.root / "job.sh"
+        self.output = self.root / "supervisor.log"
+        self._record = self.root / "job.json"
+        self._state = self.root / "state.json"
+        self._cancel = self.root / "cancel"
+
+    def write_record(self, record: JobRecord) -> None:
+        """Whole or not at all."""
+        _write(self._record, asdict(record))
+
+    def read_record(self) -> JobRecord | None:
+        """None where no job was launched here."""
+        data = _read(self._record)
+        return None if data is None else JobRecord(**{**data, "earlier_job_ids": tuple(data["earlier_job_ids"])})
+
+    def write_state(self, state: SupervisorState) -> SupervisorState:
+        """Whole or not at all; returns it with the time of now."""
+        state = replace(state, updated=time.time())
+        _write(self._state, asdict(state))
+        return state
+
+    def read_state(self) -> SupervisorState | None:
+        """None where no supervisor has begun."""
+        data = _read(self._state)
+        return None if data is None else SupervisorState(**{**data, "hosts": tuple(data["hosts"])})
+
+    def ask_to_cancel(self) -> None:
+        """`mega cancel` says so here before it signals: who is told to stop then knows that it is for good."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._cancel.touch()
+
+    def is_cancelled(self) -> bool:
+        """Whether somebody has asked to end the job for good."""
+        return self._cancel.exists()
+
+    def forget_before_launch(self) -> None:
+        """What an earlier job of this run has left and a new one must not read."""
+        for path in (self._cancel, self._state):
+            path.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return data
