@@ -1,11 +1,11 @@
-# make setup | train | test | smoke | lint | fabric-campaign. Every target prepares .venv on its first use.
+# make setup | train | test | test-system | smoke | lint | fabric-campaign. Every target prepares .venv on its first use.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 
-.PHONY: setup train test smoke lint fabric-campaign clean
+.PHONY: setup train test test-system smoke lint fabric-campaign clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -22,6 +22,10 @@ smoke: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# A part of `test`: SLURM, MPI and torchrun jobs on hosts made of network namespaces (needs root), kills, faults.
+test-system: $(READY)
+	$(BIN)/python -m pytest tests/system $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

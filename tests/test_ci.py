@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / ".ci" / "run"
-_NETWORK = dict.fromkeys(("ip", "tc", "iptables", "ethtool"), "")
+_HOSTS = dict.fromkeys(("ip", "tc", "iptables", "ethtool", "slurmctld", "munged", "dpkg-query"), "")
 _MAKE = 'echo "make $*, requires ${MEGA_REQUIRE:-nothing}"\n'
 
 
@@ -26,10 +26,10 @@ def run_with(tmp_path: Path, programs: dict[str, str]) -> list[str]:
 
 
 def test_what_is_there_is_not_installed(tmp_path: Path) -> None:
-    assert run_with(tmp_path, {"g++": "", "make": _MAKE, "python3": "", **_NETWORK}) == [
+    assert run_with(tmp_path, {"g++": "", "make": _MAKE, "python3": "", **_HOSTS}) == [
         "make setup, requires nothing",
         "make lint, requires nothing",
-        "make test, requires compiler,transformers,datasets,accelerate,deepspeed,netns,mpi",
+        "make test, requires compiler,transformers,datasets,accelerate,deepspeed,netns,mpi,slurm",
     ]
 
 
@@ -42,10 +42,13 @@ def test_what_is_there_is_not_installed(tmp_path: Path) -> None:
         ("tc", "iproute2"),
         ("iptables", "iptables"),
         ("ethtool", "ethtool"),
+        ("slurmctld", "slurm-wlm"),
+        ("munged", "munge"),
+        ("dpkg-query", "libpmix-dev"),
     ],
 )
 def test_what_is_missing_is_installed(tmp_path: Path, lacks: str, package: str) -> None:
     python = f'case "$2" in *{lacks}*) exit 1;; esac\n'
-    there = {"g++": "", "make": _MAKE, "python3": python, **_NETWORK}
+    there = {"g++": "", "make": _MAKE, "python3": python, **_HOSTS}
     did = run_with(tmp_path, {name: text for name, text in there.items() if name != lacks})
     assert did[:2] == ["apt-get update -qq", f"apt-get install -y -qq --no-install-recommends {package}"]

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import FabricError
+import jinja2
+
 from cluster.fabric.report import drawings
 from cluster.fabric.report.canvas import svg
 from cluster.fabric.report.data import ReportData
@@ -65,12 +66,8 @@ class _Paint:
 def write_report(data: ReportData, path: Path, *, png: Path | None = None) -> None:
     """Writes one HTML file that needs nothing else: no network, no other file. With `png` also a picture of the overview.
 
-    Each is written as a whole or not at all. Raises FabricError where matplotlib or jinja2 is missing (extra `report`).
+    Each is written as a whole or not at all. Raises FabricError where matplotlib is missing (extra `report`).
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise FabricError("a report is laid out by jinja2, which is not here: pip install 'mega[report]'") from error
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
