@@ -53,6 +53,11 @@ def _has_network_namespaces() -> bool:
     return True
 
 
+def _has_slurm() -> bool:
+    daemons_and_clients = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol")
+    return all(shutil.which(program) for program in daemons_and_clients) and _has_network_namespaces()
+
+
 def _has_mpi() -> bool:
     return importlib.util.find_spec("mpi4py") is not None and mpirun() is not None
 
@@ -70,6 +75,10 @@ _REQUIREMENTS = {
     "netns": _Requirement(
         is_there=_has_network_namespaces,
         mend="be root where network namespaces are allowed; install iproute2, iptables",
+    ),
+    "slurm": _Requirement(
+        is_there=_has_slurm,
+        mend="install slurm-wlm, munge and libpmix-dev; be root where network namespaces are allowed",
     ),
     "transformers": _package("transformers", "hf"),
     "datasets": _package("datasets", "hf"),
