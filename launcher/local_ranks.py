@@ -21,6 +21,7 @@ from pathlib import Path
 
 from launcher.errors import RankError
 from launcher.failure_record import FailureRecord, read_failure
+from launcher.first_cause import first_failure, have_stopped, how_it_ended
 from launcher.rank_process import EXIT_INTERRUPTED, EXIT_STOPPED, FAILURE_FILE, SUPERVISOR_PID, stop_signals
 
 _POLL_SECONDS = 0.1
@@ -61,6 +62,26 @@ class _Rank:
         self._kill_group()  # before it is reaped, so that its id cannot mean anybody else yet
         self.process.wait()
         return True
+
+    @property
+    def code(self) -> int:
+        """Of an ended rank: its exit code; negative: a signal."""
+        return int(self.process.returncode)
+
+    @property
+    def at(self) -> float:
+        """When it was seen to have ended, in seconds since 1970."""
+        return time.time() - (time.monotonic() - (self.ended_at or time.monotonic()))
+
+    @property
+    def record(self) -> FailureRecord | None:
+        """What it has left of its failure."""
+        return read_failure(self.failure_file)
+
+    @property
+    def last_line(self) -> str:
+        """The last line of its log."""
+        return _last_line(self.log)
 
     def signal(self, number: int) -> None:
         """Sends a signal to the rank alone."""
@@ -194,47 +215,26 @@ def _start(command: Sequence[str], number: int, shared: Mapping[str, str], log_d
 
 def _outcome(ranks: Sequence[_Rank], *, stop_asked: bool, interrupted: bool) -> int:
     """The exit code of the run; raises RankError where a rank failed."""
-    codes = [rank.process.returncode for rank in ranks]
-    failed = [rank for rank in ranks if rank.process.returncode not in (0, EXIT_STOPPED)]
-    # A rank ends with 75 only when nothing that was trained is lost; the others can but miss it.
-    if EXIT_STOPPED in codes and all(rank.ended_by_us or _lost_a_peer(rank) for rank in failed):
+    if have_stopped(ranks):
         return EXIT_STOPPED
-    if not failed:
+    first = first_failure(ranks)
+    if first is None:
         return 0
-    if stop_asked and all(rank.ended_by_us for rank in failed):
+    if stop_asked and first.ended_by_us:
         raise RankError(
             "ended before a checkpoint was saved; the same command continues from the last complete one",
             exit_code=EXIT_INTERRUPTED if interrupted else 1,
         )
-    first = min(failed, key=_earliness)
-    record = read_failure(first.failure_file)
+    record = first.record
     raise RankError(_first_cause(first, record, len(ranks)), exit_code=record.exit_code if record else 1)
 
 
-def _lost_a_peer(rank: _Rank) -> bool:
-    record = read_failure(rank.failure_file)
-    return record is not None and record.lost_a_peer
-
-
-def _earliness(rank: _Rank) -> tuple[bool, bool, float]:
-    """Orders failures by how likely they are the first cause: ended by us last, then those who lost a peer."""
-    record = read_failure(rank.failure_file)
-    ended_at = time.time() - (time.monotonic() - (rank.ended_at or time.monotonic()))
-    return rank.ended_by_us, _lost_a_peer(rank), record.at if record else ended_at
-
-
 def _first_cause(rank: _Rank, record: FailureRecord | None, num_ranks: int) -> str:
-    who = f"rank {rank.number} of {num_ranks}"
     where = f" (its log: {rank.log})" if rank.log else ""
+    told = f"rank {rank.number} of {num_ranks}{how_it_ended(rank)}{where}"
     if record is not None:
-        return "\n".join(filter(None, [record.traceback.rstrip(), f"{who}: {record.message}{where}"]))
-    code = rank.process.returncode
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = "; the kernel does this when memory runs out" if name == "SIGKILL" else ""
-        return f"{who} was killed by {name}{hint}{where}; the same command continues from the last checkpoint"
-    last = _last_line(rank.log)
-    return f"{who} ended with exit code {code}" + (f": {last}" if last else "") + where
+        return "\n".join(filter(None, [record.traceback.rstrip(), told]))
+    return f"{told}; the same command continues from the last checkpoint" if rank.code < 0 else told
 
 
 def _last_line(log: Path | None) -> str:
