@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from megamodel.train.callbacks.records import JsonlRecords, TensorBoardRecords
 from megamodel.train.checkpointing import Progress, RunCheckpoints, identity
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.layout import layout_demands
-from megamodel.train.run_directory import RunDirectory
+from megamodel.train.run_directory import LostSteps, RunDirectory
 from megamodel.train.step import Step, TrainStep
 from megamodel.train.trace import CommunicationTrace, expectation
 from megamodel.train.trainer import LoopResult, Trainer, TrainingData
@@ -143,7 +143,7 @@ def _train(
         if world.is_main:
             on_accepted()
             directory.keep_tokenizer(prepared.tokenizer_path)
-            directory.forget_metrics_after(progress.step)
+            _tell_lost(callbacks, directory.forget_metrics_after(progress.step))
         _tell_start(callbacks, progress, built.notice)
         step = TrainStep(built, optimizers, max_norm=job.train.clip_grad_norm)
         first_step = progress.step + 1
@@ -275,6 +275,17 @@ def _tell_start(callbacks: list[Callback], progress: Progress, notice: str | Non
             callback.on_event("start", step=0)
         if notice is not None:
             callback.on_event("notice", message=notice)
+
+
+def _tell_lost(callbacks: list[Callback], lost: LostSteps | None) -> None:
+    if lost is None:
+        return
+    message = (
+        f"{lost.lost_steps} step(s) after step {lost.to_step} had been made and not saved; they are made again "
+        f"({lost.lost_seconds:.1f} s)"
+    )
+    for callback in callbacks:
+        callback.on_event("rollback", **asdict(lost), message=message)
 
 
 def _tell_corrupt(callbacks: list[Callback], corrupt: CorruptCheckpoint) -> None:

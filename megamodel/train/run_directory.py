@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megamodel.train.json_lines import append_line, read_backwards, read_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class LostSteps:
+    """Steps that a run had made beyond the checkpoint that it continues from; they are made again."""
+
+    from_step: int
+    """The last of them."""
+    to_step: int
+    """Of the checkpoint; 0 without one."""
+    lost_steps: int
+    lost_seconds: float
+    """That they took, with the saving and validation between them."""
+    since: float | None
+    """When the first of them began, in seconds since 1970; None where the records do not tell."""
+    until: float | None
+    """When the last record of them was written."""
 
 
 class RunDirectory:
@@ -35,40 +54,62 @@ class RunDirectory:
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """Complete lines of metrics.jsonl, in order; none where there is no file yet."""
-        yield from _read_lines(self.metrics)
+        yield from read_lines(self.metrics)
 
-    def forget_metrics_after(self, step: int) -> None:
-        """Drops what a run recorded beyond the checkpoint that it continues from, so that each step stands there once."""
+    def newest_metrics(self) -> Iterator[dict[str, Any]]:
+        """The same, the last line first: reads no more of a large file than is asked for."""
+        yield from (line for line, _ in read_backwards(self.metrics))
+
+    def read_events(self) -> Iterator[dict[str, Any]]:
+        """Complete lines of events.jsonl, in order; none where there is no file yet."""
+        yield from read_lines(self.events)
+
+    def forget_metrics_after(self, step: int) -> LostSteps | None:
+        """Drops what a run recorded beyond the checkpoint that it continues from, so that each step stands there once.
+
+        Returns what was dropped; None where no step was.
+        """
         if not self.metrics.exists():
-            return
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
-        partial = self.metrics.with_suffix(".jsonl.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self.metrics)
+            return None
+        lost: list[dict[str, Any]] = []
+        end = 0
+        for line, its_end in read_backwards(self.metrics):  # in the order of steps
+            if line.get("step", math.inf) <= step:
+                end = its_end
+                break
+            lost.append({key: line[key] for key in line.keys() & _TOLD_OF_LOST})
+        os.truncate(self.metrics, end)
+        return _lost_steps(lost[::-1], to_step=step)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """One JSON object a line; a reader sees whole lines only."""
-        _append_line(self.metrics, record)
+        """One JSON object a line, with the time in seconds since 1970; a reader sees whole lines only."""
+        append_line(self.metrics, {"time": time.time(), **record})
 
     def append_event(self, event: str, **details: Any) -> None:
         """What happened to the run (start, resume, save, skip, stop, end), with the time in seconds since 1970."""
-        _append_line(self.events, {"time": time.time(), "event": event, **details})
+        append_line(self.events, {"time": time.time(), "event": event, **details})
 
 
-def _append_line(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        # A killed process may have left half a line, which the next one must not be glued to.
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")
-        file.write(json.dumps(record).encode() + b"\n")
+_DURATIONS = ("step_time_s", "save_s", "validation_s")
+_TOLD_OF_LOST = {"step", "loss", "time", *_DURATIONS}
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            # A killed process may leave half a line.
-            with contextlib.suppress(json.JSONDecodeError):
-                yield json.loads(line)
+def seconds_of(line: dict[str, Any]) -> float:
+    """How long what a line of metrics.jsonl tells of has taken."""
+    return sum(line.get(name) or 0.0 for name in _DURATIONS)
+
+
+def _lost_steps(lines: list[dict[str, Any]], *, to_step: int) -> LostSteps | None:
+    """Of lines in order."""
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        return None
+    first, last = lines[0].get("time"), lines[-1].get("time")
+    return LostSteps(
+        from_step=steps[-1]["step"],
+        to_step=to_step,
+        lost_steps=len(steps),
+        lost_seconds=sum(map(seconds_of, lines)),
+        since=None if first is None else first - seconds_of(lines[0]),
+        until=last,
+    )

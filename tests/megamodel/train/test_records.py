@@ -137,19 +137,6 @@ def test_load_entropy() -> None:
     assert load_entropy(torch.tensor([5, 0, 0, 0])) == 0.0
 
 
-def test_half_a_line_is_no_line(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    for step in (1, 2, 3):
-        run.append_metrics({"step": step, "loss": 1.0})
-    with run.metrics.open("a") as file:
-        file.write('{"step": 4, "lo')
-    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3]
-    run.append_metrics({"step": 5, "loss": 1.0})
-    assert [line["step"] for line in run.read_metrics()] == [1, 2, 3, 5]
-    run.forget_metrics_after(2)
-    assert [line["step"] for line in run.read_metrics()] == [1, 2]
-
-
 def test_without_a_compiler_training_is_eager_with_a_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     from megamodel.train import build
 

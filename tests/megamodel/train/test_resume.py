@@ -153,6 +153,12 @@ def test_a_corrupt_newest_checkpoint_is_reported_and_the_one_before_is_taken(
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "corrupt_checkpoint"] == [6]
     assert [event["step"] for event in events if event["event"] == "resume"] == [4]
+    (rollback,) = [event for event in events if event["event"] == "rollback"]
+    assert (rollback["from_step"], rollback["to_step"], rollback["lost_steps"]) == (6, 4, 2)
+    assert 0.0 < rollback["lost_seconds"] <= rollback["until"] - rollback["since"] + 0.1
+    assert rollback["message"].startswith("2 step(s) after step 4 had been made and not saved; they are made again (")
+    names = [event["event"] for event in events]
+    assert names.index("rollback") < names.index("resume")
     assert losses(job) == losses(whole)
 
 
