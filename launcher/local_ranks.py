@@ -1,28 +1,26 @@
 """Runs N ranks on this machine as child processes, and stands by them until the last has ended.
 
-One child is one rank, told of its place by torchrun's variables. Rank 0 speaks on this terminal; the others write to
-files of their own. Every child leads its own session, so that Ctrl-C reaches it once, through here. A rank that fails
-ends the run: the others get a few seconds, then they are killed, and the first cause is what the user reads.
+One child (`launcher.child_ranks`) is one rank, told of its place by torchrun's variables. Rank 0 speaks on this terminal;
+the others write to files of their own. A rank that fails ends the run: the others get a few seconds, then they are
+killed, and the first cause is what the user reads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launcher.child_ranks import ChildRank, free_port, start_child, threads_of_a_rank
 from launcher.errors import RankError
-from launcher.failure_record import FailureRecord, read_failure
+from launcher.failure_record import FailureRecord
 from launcher.first_cause import first_failure, have_stopped, how_it_ended
-from launcher.rank_process import EXIT_INTERRUPTED, EXIT_STOPPED, FAILURE_FILE, SUPERVISOR_PID, stop_signals
+from launcher.rank_process import EXIT_INTERRUPTED, EXIT_STOPPED, stop_signals
 
 _POLL_SECONDS = 0.1
 
@@ -42,68 +40,10 @@ class Grace:
 
 
 @dataclass(kw_only=True)
-class _Rank:
-    """One child."""
-
-    number: int
-    process: subprocess.Popen[bytes]
-    log: Path | None
-    failure_file: Path
-    ended_at: float | None = None
-    ended_by_us: bool = False
-
-    def has_ended(self) -> bool:
-        """Looks after the process. Once it has ended, what it started ends too, and its exit code is known."""
-        if self.ended_at is not None:
-            return True
-        if os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            return False
-        self.ended_at = time.monotonic()
-        self._kill_group()  # before it is reaped, so that its id cannot mean anybody else yet
-        self.process.wait()
-        return True
-
-    @property
-    def code(self) -> int:
-        """Of an ended rank: its exit code; negative: a signal."""
-        return int(self.process.returncode)
-
-    @property
-    def at(self) -> float:
-        """When it was seen to have ended, in seconds since 1970."""
-        return time.time() - (time.monotonic() - (self.ended_at or time.monotonic()))
-
-    @property
-    def record(self) -> FailureRecord | None:
-        """What it has left of its failure."""
-        return read_failure(self.failure_file)
-
-    @property
-    def last_line(self) -> str:
-        """The last line of its log."""
-        return _last_line(self.log)
-
-    def signal(self, number: int) -> None:
-        """Sends a signal to the rank alone."""
-        if not self.has_ended():
-            os.kill(self.process.pid, number)
-
-    def end_now(self) -> None:
-        """Kills the rank and all that it started."""
-        if not self.has_ended():
-            self.ended_by_us = True
-            self._kill_group()
-
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-
-@dataclass(kw_only=True)
 class _Ranks:
     """All children, and the state of ending them."""
 
-    ranks: list[_Rank]
+    ranks: list[ChildRank]
     signals: frozenset[signal.Signals]
     grace: Grace
     say: Callable[[str], None]
@@ -137,7 +77,7 @@ class _Ranks:
         ends = [rank.ended_at for rank in self.ranks if rank.ended_at is not None and match(rank.process.returncode)]
         return min(ends, default=None)
 
-    def _forward(self, number: int, running: Sequence[_Rank]) -> None:
+    def _forward(self, number: int, running: Sequence[ChildRank]) -> None:
         """Passes a stop signal on, each kind once. A second Ctrl-C means: at once, without saving."""
         if number in self.forwarded:
             if number == signal.SIGINT:
@@ -173,7 +113,7 @@ def run_local_ranks(
     """
     signals = stop_signals()
     blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    started: list[_Rank] = []
+    started: list[ChildRank] = []
     try:
         shared = {
             **environ,
@@ -181,8 +121,7 @@ def run_local_ranks(
             "LOCAL_WORLD_SIZE": str(num_ranks),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, num_cores // num_ranks)),
-            SUPERVISOR_PID: str(os.getpid()),
+            "OMP_NUM_THREADS": threads_of_a_rank(environ, num_cores=num_cores, num_ranks=num_ranks),
         }
         for number in range(num_ranks):
             started.append(_start((*command, *arguments), number, shared, log_directory))
@@ -196,24 +135,21 @@ def run_local_ranks(
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
 
 
-def _start(command: Sequence[str], number: int, shared: Mapping[str, str], log_directory: Path) -> _Rank:
-    failure_file = log_directory / f"rank-{number}.failure.json"
-    environ = {**shared, "RANK": str(number), "LOCAL_RANK": str(number), FAILURE_FILE: str(failure_file.absolute())}
+def _start(command: Sequence[str], number: int, shared: Mapping[str, str], log_directory: Path) -> ChildRank:
     log = log_directory / f"rank-{number}.log" if number > 0 else None
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(log.open("wb")) if log else None
-        process = subprocess.Popen(
+        return start_child(
             command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
-            start_new_session=True,
+            rank=number,
+            local_rank=number,
+            environ=shared,
+            failure_file=log_directory / f"rank-{number}.failure.json",
+            output=stack.enter_context(log.open("wb")) if log else None,
+            log=log,
         )
-    return _Rank(number=number, process=process, log=log, failure_file=failure_file)
 
 
-def _outcome(ranks: Sequence[_Rank], *, stop_asked: bool, interrupted: bool) -> int:
+def _outcome(ranks: Sequence[ChildRank], *, stop_asked: bool, interrupted: bool) -> int:
     """The exit code of the run; raises RankError where a rank failed."""
     if have_stopped(ranks):
         return EXIT_STOPPED
@@ -229,23 +165,9 @@ def _outcome(ranks: Sequence[_Rank], *, stop_asked: bool, interrupted: bool) -> 
     raise RankError(_first_cause(first, record, len(ranks)), exit_code=record.exit_code if record else 1)
 
 
-def _first_cause(rank: _Rank, record: FailureRecord | None, num_ranks: int) -> str:
+def _first_cause(rank: ChildRank, record: FailureRecord | None, num_ranks: int) -> str:
     where = f" (its log: {rank.log})" if rank.log else ""
     told = f"rank {rank.number} of {num_ranks}{how_it_ended(rank)}{where}"
     if record is not None:
         return "\n".join(filter(None, [record.traceback.rstrip(), told]))
     return f"{told}; the same command continues from the last checkpoint" if rank.code < 0 else told
-
-
-def _last_line(log: Path | None) -> str:
-    if log is None:
-        return ""
-    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

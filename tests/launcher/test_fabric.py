@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.local_ranks import free_port
+from launcher.child_ranks import free_port
 from launcher.verbs.fabric.sizes import parse_sizes, words
 from tests.launcher.conftest import Ended, Mega
 from tests.requirements import mpirun, requires
