@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.errors import RunError
 
 LOCK_NAME = ".lock"
+_LOOKS, _LOOK_AGAIN_S = 5, 0.02
 
 
 @contextlib.contextmanager
@@ -25,7 +27,7 @@ def locked_run(root: Path, *, say: Callable[[str], None]) -> Iterator[None]:
     descriptor = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
             raise RunError(f"run {root.name} is being trained by {holder}; stop it, or set run.name") from None
@@ -42,3 +44,38 @@ def locked_run(root: Path, *, say: Callable[[str], None]) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
+
+
+def is_held(root: Path) -> bool | None:
+    """Whether some process holds the run in the folder `root`; None where this file system cannot tell.
+
+    Looking takes the lock for an instant, which `locked_run` allows for.
+    """
+    try:
+        descriptor = os.open(root / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who look do not see one another
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock(descriptor: int) -> None:
+    """Raises BlockingIOError where somebody holds it, and is not only looking."""
+    for look in range(_LOOKS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if look == _LOOKS - 1:
+                raise
+            time.sleep(_LOOK_AGAIN_S)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import socket
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from launcher.config import RunConfig, load_run_config, resolved_toml
 from launcher.config_loading import LoadedConfig
@@ -58,6 +61,16 @@ def record_config(config: RunConfig) -> None:
     os.replace(partial, directory.config)
 
 
+def record_begin(directory: RunDirectory, *, num_ranks: int, environ: Mapping[str, str]) -> None:
+    """The event `begin` of this process, which is the run's first rank: since when it lives, where, with how many ranks."""
+    directory.append_event(
+        "begin",
+        began=psutil.Process().create_time(),
+        host=environ.get("MEGA_HOST_NAME") or socket.gethostname(),
+        num_ranks=num_ranks,
+    )
+
+
 def new_attempt(directory: RunDirectory) -> Path:
     """A new folder `logs/attempt-K` for the logs of this start of the run."""
     directory.logs.mkdir(parents=True, exist_ok=True)
@@ -73,21 +86,34 @@ def new_attempt(directory: RunDirectory) -> Path:
             number += 1
 
 
-def find_run(run: Path) -> RunDirectory:
-    """The run that `run` names: its folder, or its name where it lies in `runs/`.
+def find_run(run: Path, *, below: Path = Path("runs"), launched: bool = False) -> RunDirectory:
+    """The run that `run` names: its folder, or its name where it lies `below`. With `launched`, one that waits to begin and
+    has no configuration of its own yet is a run too.
 
     Raises RunError where there is no run, naming the most similar one.
     """
-    for candidate in (run, Path("runs") / run):
-        if (candidate / "config.toml").is_file():
+    for candidate in (run, below / run):
+        if is_run(candidate, launched=launched):
             return RunDirectory(candidate)
+        if is_run(candidate, launched=True):
+            raise RunError(f"{candidate}: this run has not begun to train; `mega status {run}` tells its state")
     if run.is_dir():
         raise RunError(f"{run}: is not the folder of a run, which holds config.toml")
-    around = run.parent if run.parent != Path() else Path("runs")
-    known = [path.parent.name for path in around.glob("*/config.toml")]
+    around = run.parent if run.parent != Path() else below
+    known = [found.root.name for found in runs_below(around, launched=launched)]
     close = difflib.get_close_matches(run.name, known, n=1, cutoff=0.5)
     mend = f"did you mean {around / close[0]}?" if close else "`mega train` makes one"
     raise RunError(f"{run}: there is no such run; {mend}")
+
+
+def is_run(folder: Path, *, launched: bool = False) -> bool:
+    """Whether `folder` is that of a run that has begun; with `launched`, also of one that is to begin."""
+    return (folder / "config.toml").is_file() or (launched and (folder / "launch" / "config.toml").is_file())
+
+
+def runs_below(folder: Path, *, launched: bool = False) -> list[RunDirectory]:
+    """The runs in `folder`, by name; none where there is no such folder."""
+    return [RunDirectory(path) for path in sorted(folder.glob("*")) if is_run(path, launched=launched)]
 
 
 def read_config(directory: RunDirectory) -> RunConfig:

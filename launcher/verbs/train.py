@@ -140,13 +140,18 @@ def _train_here(out: Output, config: RunConfig, place: Place, *, summary: bool, 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from rich.console import Console
 
-    from launcher.run_record import record_config
+    from launcher.run_record import record_begin, record_config
     from megamodel.train.run import train as train_run
 
     speaks = place.rank == 0 or place.child_of_mega  # other ranks of `mega --ranks` have a log of their own
     console = Console(file=out.people, quiet=not speaks)
     job = config.training_job.traced() if trace_communication else config.training_job
-    result = train_run(job, console=console, on_accepted=lambda: record_config(config))
+
+    def accepted() -> None:
+        record_config(config)
+        record_begin(RunDirectory(config.run_directory), num_ranks=place.num_ranks, environ=os.environ)
+
+    result = train_run(job, console=console, on_accepted=accepted)
     if place.rank == 0:
         export_path = _finish(out, config) if result.finished else None
         if result.finished and summary:

@@ -1,6 +1,7 @@
 """Nobody trains a run that somebody else trains."""
 
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunError
-from launcher.run_lock import locked_run
+from launcher.run_lock import LOCK_NAME, is_held, locked_run
 from tests.launcher.conftest import Mega
 
 _HOLDER = """
@@ -95,3 +96,36 @@ def test_a_run_that_is_being_trained_is_not_started_again(tiny: Path, mega: Mega
         assert ended.json["error"].startswith(f"run tiny is being trained by pid {os.getpid()} on ")
         assert sorted(path.name for path in run.iterdir()) == [".lock"]
         assert mega("train", tiny, "--dry-run").code == 0
+
+
+def test_looking_tells_whether_a_run_is_held_and_changes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "x"
+    assert is_held(run) is False
+    assert not run.exists()
+    with locked_run(run, say=refuse):
+        assert is_held(run) is True
+        holder = (run / LOCK_NAME).read_text()
+    assert is_held(run) is False
+    assert (run / LOCK_NAME).read_text() == holder
+
+
+def test_a_start_is_not_refused_because_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "x"
+    run.mkdir()
+    (run / LOCK_NAME).touch()
+    look = os.open(run / LOCK_NAME, os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)
+    assert is_held(run) is False  # nor do two who look see one another
+    monkeypatch.setattr("time.sleep", lambda seconds: fcntl.flock(look, fcntl.LOCK_UN))
+    with locked_run(run, say=refuse):
+        assert is_held(run) is True
+    os.close(look)
+
+
+def test_a_file_system_without_locks_cannot_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / LOCK_NAME).touch()
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    assert is_held(tmp_path) is None

@@ -1,3 +1,5 @@
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from launcher.config import RunConfig, load_run_config
 from launcher.config_loading import LoadedConfig
 from launcher.errors import ConfigError, RunError
-from launcher.run_record import changes_to_run, find_run, new_attempt, record_config
+from launcher.run_record import changes_to_run, find_run, new_attempt, record_begin, record_config, runs_below
 from megamodel.train.run_directory import RunDirectory
 
 
@@ -94,3 +96,34 @@ def test_a_run_that_is_not_there() -> None:
         find_run(Path("zzz"))
     with pytest.raises(RunError, match=r"^runs: is not the folder of a run, which holds config.toml$"):
         find_run(Path("runs"))
+
+
+def test_a_run_that_waits_to_begin_is_one_for_those_who_ask_for_it() -> None:
+    record_config(load().config)
+    waiting = Path("runs/waiting/launch")
+    waiting.mkdir(parents=True)
+    (waiting / "config.toml").touch()
+    assert find_run(Path("waiting"), launched=True).root == Path("runs/waiting")
+    assert [run.root.name for run in runs_below(Path("runs"), launched=True)] == ["run", "waiting"]
+    assert [run.root.name for run in runs_below(Path("runs"))] == ["run"]
+    with pytest.raises(RunError, match=r"^runs/waiting: this run has not begun to train; `mega status waiting` tells"):
+        find_run(Path("waiting"))
+    with pytest.raises(RunError, match=r"did you mean runs/waiting\?$"):
+        find_run(Path("wating"), launched=True)
+
+
+def test_runs_may_lie_elsewhere() -> None:
+    record_config(load("run.directory=other").config)
+    assert find_run(Path("run"), below=Path("other")).root == Path("other/run")
+    assert runs_below(Path("nowhere")) == []
+
+
+def test_the_begin_of_a_process_is_an_event() -> None:
+    before = time.time()
+    directory = RunDirectory(Path("runs/x"))
+    record_begin(directory, num_ranks=4, environ={"MEGA_HOST_NAME": "n3"})
+    record_begin(directory, num_ranks=4, environ={})
+    first, second = directory.read_events()
+    assert (first["event"], first["host"], first["num_ranks"]) == ("begin", "n3", 4)
+    assert first["began"] < before <= first["time"]
+    assert second["host"] == socket.gethostname()
