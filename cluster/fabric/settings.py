@@ -30,6 +30,15 @@ class DiagnosisSettings:
     seed: int = 0
     """Of the order in which pairs are measured."""
 
+    @classmethod
+    def quick(cls) -> DiagnosisSettings:
+        """For a look before a run starts: what costs it so much that the host is better left out, in few seconds.
+
+        Shorter transfers are noisier, which the thresholds follow; a small loss that they hide is none of interest here.
+        Work is a little longer than a period of quotas, as it must be.
+        """
+        return cls(least_bandwidth_loss=0.2, least_compute_loss=0.15, transfer_s=0.05, work_s=0.12, most_seconds=6.0)
+
     @property
     def least_log_loss(self) -> float:
         """`least_bandwidth_loss` as a difference of natural logarithms, above zero."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,9 @@ from cluster.fabric.measured.place import FabricPlace, MeasureOptions, machine_i
 from cluster.fabric.measured.torch_transport import TorchPlace, TorchTransport
 from cluster.fabric.measured.transport import CollectiveCall, Flow, Train, Transport, TransportStalledError
 
+Answer = Callable[[Message], Message]
+"""What this rank says to questions that are none of measuring. Both are plain data for JSON."""
+
 _GOODBYE_S = 1.0
 """How long rank 0 waits at the end for its own last measurement, which may hang. Others wait for its time-out: they have
 no verdict to give."""
@@ -25,10 +29,13 @@ no verdict to give."""
 class Agent:
     """One rank's measuring side. Its thread works; the process's main thread waits in `join`, open to signals."""
 
-    def __init__(self, meeting: Meeting, place: FabricPlace, options: MeasureOptions) -> None:
+    def __init__(
+        self, meeting: Meeting, place: FabricPlace, options: MeasureOptions, answer: Answer | None = None
+    ) -> None:
         self._meeting = meeting
         self._place = place
         self._options = options
+        self._answer = answer
         self._workpiece = Workpiece(torch.device("cpu"))
         self._transport: Transport | None = None
         self._snapshot: Snapshot | None = None
@@ -58,6 +65,7 @@ class Agent:
             raise self._failure
 
     def _hello(self) -> Message:
+        versions = {} if self._options.lazy else {"torch": torch.__version__}
         return {
             "token": self._meeting.token,
             "rank": self._place.rank,
@@ -67,7 +75,7 @@ class Agent:
             "leaf": self._place.leaf,
             "address": _address(self._meeting),
             "has_device": torch.cuda.is_available() and self._place.local_rank < torch.cuda.device_count(),
-            "agreed": {"torch": torch.__version__, "ranks": self._place.world_size, **self._options.agreed},
+            "agreed": {**versions, "ranks": self._place.world_size, **self._options.agreed},
         }
 
     def _serve(self) -> None:
@@ -94,6 +102,9 @@ class Agent:
     def _measure(self, command: Message) -> Message:
         """The answer to a command. `stalled` and `refused` say why there is none, `unfinished` which flows did not come."""
         try:
+            if command["do"] == "question":
+                assert self._answer is not None
+                return {"answer": self._answer(command["question"])}
             if command["do"] == "open":
                 self._open(command)
                 return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from cluster.errors import FabricError
 from cluster.fabric.measured import mpi_transport
-from cluster.fabric.measured.agent import Agent
+from cluster.fabric.measured.agent import Agent, Answer
 from cluster.fabric.measured.control import Hub, Message
 from cluster.fabric.measured.meeting import meet
 from cluster.fabric.measured.place import FabricPlace, MeasureOptions
@@ -46,7 +47,8 @@ class MeasuredFabric:
     """
 
     def __init__(self, hub: Hub, place: FabricPlace, options: MeasureOptions) -> None:
-        """Waits for all ranks, and connects them. Raises FabricError where they differ in what must be the same."""
+        """Waits for all ranks, and connects them unless `options.lazy`. Raises FabricError where they differ in what must be
+        the same."""
         self._hub = hub
         self._options = options
         self._world_size = place.world_size
@@ -57,10 +59,14 @@ class MeasuredFabric:
         self._transport = choose_transport(hub.hellos, options.transport)
         self._endpoints = endpoints_of(hub.hellos, rails=options.rails, missing=missing, hosts=place.hosts)
         self._begin = time.monotonic()
+        self._connected = False
         if missing:
             self._failure = UnresponsiveError(missing, "the start")
-        else:
-            self._open()
+        elif not options.lazy:
+            with contextlib.suppress(
+                UnresponsiveError, StalledError
+            ):  # waits for the first measurement, as a missing rank
+                self._connect()
 
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
@@ -71,8 +77,13 @@ class MeasuredFabric:
         return self._endpoints
 
     @property
+    def hosts(self) -> Mapping[int, str]:
+        """Host of each rank that came."""
+        return {rank: hello["host"] for rank, hello in sorted(self._hub.hellos.items())}
+
+    @property
     def seconds(self) -> float:
-        """Since the ranks met."""
+        """Since the ranks began to connect."""
         return time.monotonic() - self._begin
 
     @property
@@ -89,6 +100,16 @@ class MeasuredFabric:
     def intact(self) -> bool:
         """False after an error: nothing more can be measured."""
         return self._failure is None
+
+    def question(self, questions: Mapping[int, Message], *, timeout_s: float, during: str) -> dict[int, Message]:
+        """What ranks say to a question each, by their `answer` of `run_on_fabric`. Goes the side way: connects nobody."""
+        commands: dict[int, Message] = {rank: {"do": "question", "question": said} for rank, said in questions.items()}
+        return {rank: reply["answer"] for rank, reply in self._exchange(commands, timeout_s, during).items()}
+
+    def announce(self, message: Message) -> None:
+        """A question to all ranks that wants no answer, and goes to those that are still there after an error too."""
+        for rank in self._hub.hellos:
+            self._hub.tell(rank, {"do": "question", "question": message, "number": 0})
 
     def compute(self, who: Sequence[int], *, work_s: float) -> Figures:
         """See `Fabric.compute`. Ranks of one machine take turns, with a rest after each.
@@ -167,18 +188,19 @@ class MeasuredFabric:
             correct=all(answers[rank]["correct"] for rank in ranks),
         )
 
-    def _open(self) -> None:
-        """Connects the ranks; a failure waits for the first measurement, as that of a missing rank does."""
+    def _connect(self) -> None:
+        """Once, at the first call."""
+        if self._connected:
+            return
+        self._connected = True
+        self._begin = time.monotonic()
         peers = [endpoint.rank for endpoint in self._endpoints]
         addresses = network_addresses(self._hub)
         commands: dict[int, Message] = {
             rank: {"do": "open", "transport": self._transport, "peers": peers, "address": address}
             for rank, address in addresses.items()
         }
-        try:
-            self._ask(commands, self._options.start_timeout_s, "connecting")
-        except (UnresponsiveError, StalledError) as error:
-            self._failure = error
+        self._exchange(commands, self._options.start_timeout_s, "connecting")
 
     def _in_turns(self, who: Sequence[int], command: Message, *, timeout_s: float, rest_s: float) -> list[float]:
         """Each endpoint's seconds. Machines work at the same time, ranks of one machine one after another.
@@ -222,7 +244,11 @@ class MeasuredFabric:
         return figures
 
     def _ask(self, commands: Mapping[int, Message], timeout_s: float, during: str) -> dict[int, Message]:
-        """The answers of all ranks that were asked; or the error that ends this fabric."""
+        """The answers of all ranks that were asked to measure; or the error that ends this fabric."""
+        self._connect()
+        return self._exchange(commands, timeout_s, during)
+
+    def _exchange(self, commands: Mapping[int, Message], timeout_s: float, during: str) -> dict[int, Message]:
         if self._failure is not None:
             raise self._failure
         try:
@@ -256,16 +282,19 @@ def _unfinished(command: Message, answer: Message) -> list[Any]:
     return [flow for flow in command.get("flows", []) if flow[0] in answer.get("unfinished", [])]
 
 
-def run_on_fabric(place: FabricPlace, options: MeasureOptions, work: Callable[[MeasuredFabric], T]) -> T | None:
+def run_on_fabric(
+    place: FabricPlace, options: MeasureOptions, work: Callable[[MeasuredFabric], T], *, answer: Answer | None = None
+) -> T | None:
     """Runs `work` on rank 0, with all other ranks serving its measurements, and returns its result there, None elsewhere.
 
     Called once by every rank. `work` may diagnose as often as it likes: ranks serve until it returns. Where ranks have
     not come in `start_timeout_s`, `work` runs all the same, and its first measurement raises `UnresponsiveError` naming them.
+    `answer` is what this rank says to `MeasuredFabric.question`, in a thread of its own.
     Raises FabricError on a rank that cannot reach rank 0 or loses it, that came too late, or that differs from rank 0
     in versions or options, and on rank 0 where ranks differ or a transport is not there.
     """
     meeting = meet(place, options)
-    agent = Agent(meeting, place, options)
+    agent = Agent(meeting, place, options, answer)
     if meeting.hub is None:
         agent.join()
         if agent.sent_home_in_order:

@@ -68,10 +68,26 @@ def meet(place: FabricPlace, options: MeasureOptions) -> Meeting:
     return _within(deadline + 1.0, lambda: _call_rank_0(store, host, deadline, nobody), nobody)
 
 
+def keep_meeting_point(place: FabricPlace, options: MeasureOptions) -> dist.Store | None:
+    """Keeps the meeting point open for as long as what this returns lives; None where somebody else keeps it.
+
+    For ranks that meet there again afterwards, as those of torch's `env://` do: who is ahead of rank 0 then comes to the
+    same store, not to one that is about to be closed. Raises FabricError where rank 0 cannot listen there.
+    """
+    if place.rank > 0 or place.agent_store:
+        return None
+    return _keep_store(place, *_split(place.address), options)
+
+
 def _keep_store(place: FabricPlace, host: str, port: int, options: MeasureOptions) -> dist.Store:
     try:
         return dist.TCPStore(
-            host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=options.round_timeout_s)
+            host,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=options.round_timeout_s),
+            multi_tenant=True,  # one store of this process at this port, whoever of it opens it
         )
     except RuntimeError as error:
         raise FabricError(

@@ -49,6 +49,9 @@ class MeasureOptions:
     """Network interface to measure, for gloo. None: the one that leads to rank 0."""
     counter_root: str | None = "/"
     """Folder below which the counters of a host are read. None: no counters."""
+    lazy: bool = False
+    """Connect at the first measurement, not at the start: ranks can be asked what they are before that, and whoever asks
+    compares the versions of torch."""
 
     @property
     def agreed(self) -> dict[str, object]:
