@@ -1,0 +1,58 @@
+"""How an attempt ended, and, where it failed, its first cause: not the hundred failures that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FailureKind = Literal["exception", "signal", "exit", "hang", "host_lost", "never_came", "preflight", "starter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The first cause."""
+
+    kind: FailureKind
+    message: str
+    """One line for the user: who, where, what, and when."""
+    exit_code: int = 1
+    """That the job would end with."""
+    rank: int | None = None
+    host: str | None = None
+    last_collective: str | None = None
+    """Where the rank was seen last, by the watch of the run."""
+    step: int | None = None
+    """The last one that the run has recorded in this attempt."""
+    traceback: str = ""
+    lost_hosts: tuple[str, ...] = ()
+    """That did not come, or were lost first."""
+    are_missing: bool = False
+    """Whether these hosts themselves seem to be gone, rather than what ran on them."""
+    bad_hosts: Mapping[str, str] = field(default_factory=dict)
+    """Hosts that preflight found bad, with what is bad."""
+
+    def as_event(self) -> dict[str, Any]:
+        """Details of the event `failure`."""
+        return {
+            "kind": self.kind,
+            "rank": self.rank,
+            "host": self.host,
+            "message": self.message,
+            "last_collective": self.last_collective,
+            "step": self.step,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptEnd:
+    """One attempt, once nothing of it runs any more."""
+
+    outcome: Literal["finished", "stopped", "failed"]
+    """stopped: its ranks were asked to, or it had none yet."""
+    failure: Failure | None = None
+    """Of a failed one."""
+    saved: bool = True
+    """Of a stopped one: whether all that was trained is saved."""
+    result: Mapping[str, Any] | None = None
+    """Of a finished one: what rank 0 says of the run."""
