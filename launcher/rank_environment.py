@@ -31,6 +31,11 @@ _MPI = (
 _FIRST_PORT, _NUM_PORTS = 15000, 15000
 
 
+def is_rank(environ: Mapping[str, str]) -> bool:
+    """Whether some launcher of the table has made this process a rank, or a lone one."""
+    return any(name in environ for name in ("RANK", *(row[0] for row in _MPI))) or "SLURM_STEP_ID" in environ
+
+
 def adopt(environ: MutableMapping[str, str], *, meet_over_mpi: Callable[[], tuple[str, int]]) -> None:
     """Adds torchrun's variables to `environ` where mpirun or srun has made this process a rank of several.
 

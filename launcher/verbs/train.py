@@ -14,8 +14,10 @@ import typer
 from launcher import train_result
 from launcher.errors import ConfigError
 from launcher.local_ranks import run_local_ranks
+from launcher.mpi_meeting import meet_and_leave, no_meeting
 from launcher.output import Output
 from launcher.place import Place, find_place, ranks_to_start
+from launcher.rank_environment import adopt, is_rank
 from launcher.rank_process import EXIT_STOPPED, failure_file, stop_before_first_step
 from launcher.verb import ConfigFiles, NumRanks, Overrides
 from launcher.verbs.simulate import SimulateRank, SimulateWorld, simulate
@@ -56,6 +58,9 @@ def train(
                 f"--simulate-world starts nothing, so {', '.join(given)} means nothing beside it: leave it out"
             )
         return simulate(out, files, overrides, simulate_world, simulate_rank)
+    if is_rank(os.environ):
+        stop_before_first_step()
+    adopt(os.environ, meet_over_mpi=no_meeting if dry_run else meet_and_leave)
     return run_training(out, files, overrides, ranks, dry_run, trace_communication=trace_communication)
 
 
@@ -83,7 +88,7 @@ def run_training(
             loaded = load_run_config(files, overrides or (), num_ranks=num_ranks)
     _check_packages(loaded.config)
     if dry_run:
-        return _say_plan(out, loaded.config, num_ranks)
+        return _say_plan(out, loaded.config, num_ranks) if place.rank == 0 else 0
     with contextlib.ExitStack() as held:
         if place.rank == 0 and not place.child_of_mega:
             held.enter_context(locked_run(loaded.config.run_directory, say=out.warn))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cluster.errors import FabricError
-from cluster.fabric.measured import mpi_transport
+from cluster.fabric.measured import mpi_world
 from cluster.fabric.measured.agent import Agent, Answer
 from cluster.fabric.measured.control import Hub, Message
 from cluster.fabric.measured.meeting import meet
@@ -298,7 +298,7 @@ def run_on_fabric(
     if meeting.hub is None:
         agent.join()
         if agent.sent_home_in_order:
-            mpi_transport.leave()
+            mpi_world.leave()
         return None
     fabric = None
     try:
@@ -310,4 +310,4 @@ def run_on_fabric(
         meeting.hub.stop(clean=in_order)
         agent.end()
         if in_order:
-            mpi_transport.leave()
+            mpi_world.leave()

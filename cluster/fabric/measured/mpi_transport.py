@@ -1,4 +1,4 @@
-"""Measurements over MPI: a transport that shares nothing with NCCL or gloo. The one importer of mpi4py.
+"""Measurements over MPI: a transport that shares nothing with NCCL or gloo.
 
 All calls are non-blocking ones that are asked now and then whether they are through: a blocking call waits for a lost peer
 for ever, and with all its core's time.
@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 
 from cluster.errors import FabricError
 from cluster.fabric.measured.compute import Workpiece
+from cluster.fabric.measured.mpi_world import load_mpi
 from cluster.fabric.measured.patterns import element_counts, expected_values, given_values
 from cluster.fabric.measured.trains import rate_of
 from cluster.fabric.measured.transport import (
@@ -37,41 +36,6 @@ _TAGS = 16384
 _EAGER_S = 1e-3
 """So long a wait asks without pause, since most messages are there by then; afterwards it leaves the core to others."""
 _PAUSE_S = 50e-6
-
-
-def load_mpi() -> Any:
-    """mpi4py's MPI module, initialised. Raises FabricError where it, or an MPI library, is not installed."""
-    try:
-        import mpi4py
-
-        # Its own end waits for all ranks, also for those that are lost; `leave` ends it where all are there.
-        mpi4py.rc.finalize = False
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise FabricError(
-            f"measuring over MPI needs mpi4py and an MPI library ({error}): install the extra `mpi`, and start the ranks "
-            "with mpirun or srun --mpi"
-        ) from error
-    return MPI
-
-
-def meet() -> tuple[str, int]:
-    """Host name and a free port of rank 0, on every rank. A collective over all ranks of the MPI job. Raises FabricError."""
-    world = load_mpi().COMM_WORLD
-    found: tuple[str, int] | None = None
-    if world.Get_rank() == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            found = (socket.gethostname(), probe.getsockname()[1])
-    agreed: tuple[str, int] = world.bcast(found, root=0)
-    return agreed
-
-
-def leave() -> None:
-    """Ends MPI, where this process has begun it. Every rank of the MPI job must come: it waits for them, and lets no other
-    thread of Python run meanwhile. Without it mpirun takes the end of a rank for a failure."""
-    if "mpi4py.MPI" in sys.modules and not load_mpi().Is_finalized():
-        load_mpi().Finalize()
 
 
 class MpiTransport:

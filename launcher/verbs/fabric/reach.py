@@ -15,6 +15,7 @@ import typer
 
 from launcher.errors import ConfigError, RankError
 from launcher.local_ranks import Grace, run_local_ranks
+from launcher.mpi_meeting import meet_and_stay, no_meeting
 from launcher.output import Output
 from launcher.place import Place, find_place
 from launcher.rank_environment import adopt, hosts_of_ranks, leaf_switch
@@ -105,7 +106,7 @@ def find_ranks(reach: Reach, *, dry_run: bool = False) -> Place:
 
     dry_run: nothing will be measured, and so ranks of MPI need not meet.
     """
-    adopt(os.environ, meet_over_mpi=(lambda: ("", 0)) if dry_run else _meet_over_mpi)
+    adopt(os.environ, meet_over_mpi=no_meeting if dry_run else meet_and_stay)
     place = find_place(os.environ, reach.ranks)
     if place.num_ranks < 2:
         raise ConfigError(
@@ -205,9 +206,3 @@ def _fabric_place(reach: Reach) -> FabricPlace:
         hosts=hosts_of_ranks(environ),
         leaf=reach.leaf or leaf_switch(environ),
     )
-
-
-def _meet_over_mpi() -> tuple[str, int]:
-    from cluster.fabric.measured.mpi_transport import meet
-
-    return meet()

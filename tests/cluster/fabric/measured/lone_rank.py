@@ -63,7 +63,7 @@ def _die_in_the_middle() -> None:
 def main() -> None:
     rank, size, address, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     if what == "mpi":
-        from cluster.fabric.measured.mpi_transport import load_mpi, meet
+        from cluster.fabric.measured.mpi_world import load_mpi, meet
 
         rank, size = load_mpi().COMM_WORLD.Get_rank(), load_mpi().COMM_WORLD.Get_size()
         address = "127.0.0.1:" + str(meet()[1])
