@@ -93,7 +93,7 @@ class NetworkChoice:
         """For JSON, and for comparison between hosts: `has` counts ports by what they are, without their names."""
         return {
             "kind": self.kind,
-            "has": dict(Counter(f"{_WORDS[port.kind]} port of {port.rate_gbit:g} Gbit/s" for port in self.ports)),
+            "has": dict(Counter(f"{port.rate_gbit:g} Gbit/s {_WORDS[port.kind]}" for port in self.ports)),
             "ports": [str(port) for port in self.ports],
             "left_out": dict(self.left_out),
             "interface": self.interface,

@@ -87,7 +87,7 @@ def test_infiniband_uses_exactly_its_fast_active_ports_and_nothing_else(host: Ho
     assert all(setting.reason for setting in chosen.settings)
     reasons = {setting.name: setting.reason for setting in chosen.settings}
     assert reasons["NCCL_NET"] == "without InfiniBand NCCL fails, and never falls back to TCP"
-    assert chosen.as_data()["has"] == {"InfiniBand port of 400 Gbit/s": 2}
+    assert chosen.as_data()["has"] == {"400 Gbit/s InfiniBand": 2}
 
 
 def test_roce_on_a_bond_needs_no_index_since_nccl_finds_the_address(host: Host) -> None:

@@ -52,6 +52,7 @@ class MeasuredFabric:
         self._hub = hub
         self._options = options
         self._world_size = place.world_size
+        self._hosts_told = place.hosts
         self._failure: UnresponsiveError | StalledError | None = None
         self._unit_seconds: float | None = None
         missing = hub.gather(options.start_timeout_s)
@@ -78,8 +79,9 @@ class MeasuredFabric:
 
     @property
     def hosts(self) -> Mapping[int, str]:
-        """Host of each rank that came."""
-        return {rank: hello["host"] for rank, hello in sorted(self._hub.hellos.items())}
+        """Host of each rank that came, and of those that did not where the launcher knew it."""
+        came = {rank: hello["host"] for rank, hello in self._hub.hellos.items()}
+        return dict(sorted({**dict(enumerate(self._hosts_told)), **came}.items()))
 
     @property
     def seconds(self) -> float:
