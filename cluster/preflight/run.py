@@ -1,4 +1,4 @@
-"""Preflight, on rank 0 of ranks that have met: asks, compares, measures, and tells all ranks the outcome."""
+"""Preflight, on rank 0 of ranks that have met: asks, compares, measures."""
 
 from __future__ import annotations
 
@@ -53,9 +53,12 @@ class PreflightSettings:
 def run_preflight(fabric: MeasuredFabric, settings: PreflightSettings) -> PreflightVerdict:
     """All checks. `fabric` is lazy, so that ranks with other versions of torch are told before they would have to connect;
     every rank answers by a `RankFacts`. Raises FabricError where something cannot be measured at all."""
-    verdict = _Preflight(fabric, settings).run()
+    return _Preflight(fabric, settings).run()
+
+
+def tell_ranks(fabric: MeasuredFabric, verdict: PreflightVerdict) -> None:
+    """Hands the outcome to the `RankFacts` of all ranks that are still there."""
     fabric.announce({"ask": "verdict", "ok": verdict.ok, "sentences": [one.sentence for one in verdict.errors]})
-    return verdict
 
 
 class _Preflight:

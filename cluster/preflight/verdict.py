@@ -80,12 +80,25 @@ class PreflightVerdict:
         """Findings that speak against training."""
         return tuple(finding for finding in self.findings if finding.severity == "error")
 
+    @property
+    def warnings(self) -> tuple[PreflightFinding, ...]:
+        """The others."""
+        return tuple(finding for finding in self.findings if finding.severity == "warning")
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why each bad host is one: the first sentence that blames it."""
+        blamed = [(host, finding.sentence) for finding in self.findings for host in finding.bad_hosts]
+        return dict(reversed(blamed))
+
     def as_data(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON. `sentences` and `reasons` say again what the findings hold, for those who only tell them."""
         return {
             "ok": self.ok,
             "findings": [finding.as_data() for finding in self.findings],
+            "sentences": [finding.sentence for finding in (*self.errors, *self.warnings)],
             "bad_hosts": list(self.bad_hosts),
+            "reasons": self.reasons,
             "seconds": self.seconds,
             "details": dict(self.details),
         }

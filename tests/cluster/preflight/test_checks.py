@@ -17,7 +17,7 @@ from cluster.preflight.checks import (
     network_findings,
     sharing_findings,
 )
-from cluster.preflight.verdict import PreflightFinding, PreflightVerdict
+from cluster.preflight.verdict import PreflightFinding, PreflightVerdict, Severity
 
 FOUR = {rank: f"n{rank}" for rank in range(4)}
 GPU = {"name": "NVIDIA H100", "count": 8, "error": "", "seconds": 2e-5}
@@ -200,3 +200,17 @@ def test_a_verdict_reads_back_as_itself(bad_hosts: tuple[str, ...]) -> None:
     verdict = PreflightVerdict(findings=(finding, finding), seconds=1.5, details={"hosts": {"n1": [1]}})
     assert PreflightVerdict.from_data(verdict.as_data()) == verdict
     assert (verdict.ok, verdict.bad_hosts, verdict.as_data()["ok"]) == (False, bad_hosts, False)
+
+
+def test_a_verdict_tells_errors_first_and_of_each_bad_host_the_first_reason() -> None:
+    def finding(sentence: str, *bad: str, severity: Severity = "error") -> PreflightFinding:
+        return PreflightFinding(kind="disk", hosts=bad, ranks=(), sentence=sentence, bad_hosts=bad, severity=severity)
+
+    verdict = PreflightVerdict(
+        findings=(finding("busy", severity="warning"), finding("full", "n1", "n2"), finding("late", "n2", "n3")),
+        seconds=1.0,
+    )
+    data = verdict.as_data()
+    assert data["sentences"] == ["full", "late", "busy"]
+    assert data["bad_hosts"] == ["n1", "n2", "n3"]
+    assert data["reasons"] == {"n1": "full", "n2": "full", "n3": "late"}

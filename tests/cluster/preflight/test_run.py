@@ -11,7 +11,7 @@ from typing import Any
 from cluster.fabric.measured.fabric import MeasuredFabric, run_on_fabric
 from cluster.fabric.measured.place import FabricPlace, MeasureOptions
 from cluster.preflight.facts import RankFacts
-from cluster.preflight.run import PreflightSettings, run_preflight
+from cluster.preflight.run import PreflightSettings, run_preflight, tell_ranks
 from cluster.preflight.verdict import PreflightVerdict
 from parallel.world import World
 from tests.gloo_pool import GlooPool
@@ -49,7 +49,9 @@ def preflight(
     )
 
     def work(fabric: MeasuredFabric) -> dict[str, Any]:
-        return run_preflight(fabric, PreflightSettings(directory=Path(directory), **limits)).as_data()
+        verdict = run_preflight(fabric, PreflightSettings(directory=Path(directory), **limits))
+        tell_ranks(fabric, verdict)
+        return verdict.as_data()
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         return change(world.rank, question, facts.answer)
