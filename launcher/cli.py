@@ -9,7 +9,7 @@ import typer
 
 from launcher import rank_process
 from launcher.verb import as_command
-from launcher.verbs import checkpoint, config, data, doctor, export, fabric, generate, init, smoke, train
+from launcher.verbs import agent, checkpoint, config, data, doctor, export, fabric, generate, init, smoke, train
 
 
 def build_app() -> typer.Typer:
@@ -36,6 +36,7 @@ def build_app() -> typer.Typer:
     app.command("generate")(as_command(generate.generate))
     app.command("export")(as_command(export.export))
     app.command("smoke")(as_command(smoke.smoke))
+    app.command("agent", hidden=True)(as_command(agent.agent))
     return app
 
 
