@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.goodput import read_ledger
+from launcher.jobs.status import run_status
+from megamodel.train.run_directory import RunDirectory
 from tests.launcher.conftest import Mega
 
 _RUN = Path("runs/tiny")
@@ -55,6 +58,22 @@ def assert_corruption_is_found(mega: Mega) -> None:
     assert "passed over: " in passed_over.err
 
 
+def assert_time_is_accounted_for() -> None:
+    """Of two starts that trained, of two ranks and of one; a third one between them had nothing to do."""
+    directory = RunDirectory(_RUN)
+    ledger = read_ledger(directory, now=None)
+    assert ledger is not None
+    assert sum(ledger.spent.values()) == ledger.end - ledger.begin
+    first, second = ledger.starts
+    assert (first.num_ranks, first.first_step, first.last_step, first.ending) == (2, 1, 4, "finished")
+    assert (second.num_ranks, second.first_step, second.last_step, second.ending) == (1, 5, 5, "finished")
+    for category in ("building", "first_step", "steps", "data", "saving", "validation", "stopped", "finishing"):
+        assert ledger.spent[category] > 0, category
+    assert ledger.spent["lost"] == 0
+    status = run_status(directory)
+    assert (status.state, status.step, status.total_steps, status.restarts) == ("finished", 5, 5, 1)
+
+
 def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process: Mega) -> None:
     ended = mega_process("train", tiny, "--ranks", "2", "--json")
     assert ended.code == 0, ended.err
@@ -84,6 +103,7 @@ def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process:
     assert exported_step() == 5
     assert "--- sample, prompt 'one '" in longer.err
 
+    assert_time_is_accounted_for()
     listed = mega("checkpoint", "list", _RUN, "--json").json["checkpoints"]
     assert [checkpoint["step"] for checkpoint in listed] == [2, 4, 5]
     assert "runs/tiny/checkpoints/step-00000005" in mega("checkpoint", "list", _RUN).out
