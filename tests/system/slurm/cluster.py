@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -30,9 +31,8 @@ MPI_ENVIRONMENT = {
     "OMPI_MCA_btl": "self,tcp",
     "OMPI_MCA_btl_tcp_if_include": "eth0",
     "OMPI_MCA_pml": "ob1",
-    "OMPI_MCA_rmaps_base_oversubscribe": "1",
 }
-"""For the programs of an `srun --mpi=pmix` step: OpenMPI would take hosts of one machine for one host otherwise."""
+"""For the programs of an `srun --mpi=pmix` step: OpenMPI uses the hosts' links, and nothing that only one machine has."""
 _ENTER = """
 hostname "$1"
 mount --bind "$2" /etc/hosts
@@ -54,12 +54,19 @@ _LOG_LINES = 40
 class SlurmOfHosts:
     """A context: within it SLURM schedules `num_hosts + spare` hosts, all idle at first.
 
-    Its partitions are `low`, whose jobs are requeued for those of `high`. num_leaves: leaf switches, one or two, that share
-    the hosts evenly and are SLURM's topology. link_mbit: of every host, see `set_rate`.
+    Its partitions are `low`, whose jobs are requeued for those of `high`; only where they need the same CPUs, of which a
+    host has four: give both `--exclusive`. num_leaves: leaf switches, one or two, that share the hosts evenly and are
+    SLURM's topology. link_mbit: of every host, see `set_rate`. settings: more lines of slurm.conf.
     """
 
     def __init__(
-        self, *, num_hosts: int = 4, spare: int = 0, num_leaves: int = 1, link_mbit: float = LINK_MBIT
+        self,
+        *,
+        num_hosts: int = 4,
+        spare: int = 0,
+        num_leaves: int = 1,
+        link_mbit: float = LINK_MBIT,
+        settings: Sequence[str] = (),
     ) -> None:
         if (num_hosts + spare) % num_leaves:
             raise ValueError(f"{num_hosts + spare} hosts on {num_leaves} leaves")
@@ -67,6 +74,7 @@ class SlurmOfHosts:
         self.fabric = FabricOfHosts(
             hosts_per_leaf=hosts_per_leaf, num_leaves=num_leaves, foreign_per_leaf=1, link_mbit=link_mbit
         )
+        self._settings = tuple(settings)
         self.names = tuple(host.name for host in self.fabric.hosts)
         """Of all nodes, spare ones too."""
         self.directory = Path()
@@ -77,10 +85,12 @@ class SlurmOfHosts:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
-            self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-of-hosts-")))
+            # With the maker's number: a killed maker leaves the directory, and nobody should take a living one's for that.
+            prefix = f"slurm-of-hosts-{os.getpid()}-"
+            self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
             stack.enter_context(self.fabric)
             stack.callback(self._end_all)
-            write_configuration(self.directory, self.fabric)
+            write_configuration(self.directory, self.fabric, self._settings)
             self._start()
             self._cleanup = stack.pop_all()
         return self
@@ -139,7 +149,7 @@ class SlurmOfHosts:
         self, *command: str, options: Sequence[str] = (), env: Mapping[str, str] | None = None, cwd: Path | None = None
     ) -> int:
         """The number of a batch job that execs the command on its first host. Its output is at `output(number)`."""
-        script = "#!/bin/sh\n" + f"exec {' '.join(command)}\n"
+        script = "#!/bin/sh\n" + f"exec {shlex.join(command)}\n"
         path = self.directory / f"job-{time.monotonic_ns()}.sh"
         path.write_text(script)
         out = str(self.directory / "job-%j.out")

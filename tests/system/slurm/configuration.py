@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.system.fabric.hosts import FabricOfHosts
@@ -64,8 +65,8 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
 """
 
 
-def write_configuration(directory: Path, fabric: FabricOfHosts) -> None:
-    """slurm.conf and what belongs to it, for the hosts of `fabric`, with all state below `directory`."""
+def write_configuration(directory: Path, fabric: FabricOfHosts, settings: Sequence[str] = ()) -> None:
+    """slurm.conf, with `settings` added, and what belongs to it, for the hosts of `fabric`; all state below `directory`."""
     (directory / "state").mkdir()
     for host in fabric.hosts:
         (directory / "spool" / host.name).mkdir(parents=True)
@@ -80,7 +81,7 @@ def write_configuration(directory: Path, fabric: FabricOfHosts) -> None:
             directory=directory,
             controller=controller.name,
             address=controller.address,
-            nodes=nodes,
+            nodes="\n".join([*settings, nodes]),
             kill_seconds=KILL_SECONDS,
             grace=GRACE_SECONDS,
         ).lstrip()
