@@ -52,11 +52,12 @@ def explains_itself(end: RankEnd) -> bool:
     return not end.ended_by_us and not (end.record is not None and end.record.lost_a_peer)
 
 
-def have_stopped(ends: Iterable[RankEnd]) -> bool:
+def have_stopped(ends: Iterable[RankEnd], *, was_asked: bool) -> bool:
     """Whether the run has stopped in good order: a rank ends with 75 only when nothing that was trained is lost; the others
-    can but miss it."""
+    can but miss it. `was_asked`: somebody wanted it to stop; else a rank that we have ended does so before its first step."""
     ends = list(ends)
-    return any(end.code == EXIT_STOPPED for end in ends) and not any(map(explains_itself, failures(ends)))
+    has_stopped = any(end.code == EXIT_STOPPED and (was_asked or not end.ended_by_us) for end in ends)
+    return has_stopped and not any(map(explains_itself, failures(ends)))
 
 
 def failed_at(end: RankEnd) -> float:

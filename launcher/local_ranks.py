@@ -151,7 +151,7 @@ def _start(command: Sequence[str], number: int, shared: Mapping[str, str], log_d
 
 def _outcome(ranks: Sequence[ChildRank], *, stop_asked: bool, interrupted: bool) -> int:
     """The exit code of the run; raises RankError where a rank failed."""
-    if have_stopped(ranks):
+    if have_stopped(ranks, was_asked=stop_asked):
         return EXIT_STOPPED
     first = first_failure(ranks)
     if first is None:

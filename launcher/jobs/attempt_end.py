@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 FailureKind = Literal["exception", "signal", "exit", "hang", "host_lost", "never_came", "preflight", "starter"]
@@ -25,6 +26,8 @@ class Failure:
     step: int | None = None
     """The last one that the run has recorded in this attempt."""
     traceback: str = ""
+    log: Path | None = None
+    """Of the rank."""
     lost_hosts: tuple[str, ...] = ()
     """That did not come, or were lost first."""
     are_missing: bool = False

@@ -37,13 +37,18 @@ class HangTail:
         self._since = clock()
         self._read_bytes = self._path.stat().st_size if self._path.exists() else 0
         self._pending: tuple[float, int | None, Finding] | None = None
+        self.told: list[Finding] = []
+        """All of this attempt that say that the run stands still, the oldest first."""
 
     def look(self) -> Finding | None:
         """The finding by which the run has been standing still for long enough; None while there is none. Reads files."""
         now = self._clock()
         for finding in self._new_findings():
+            if finding.kind not in _STANDSTILL:
+                continue
+            self.told.append(finding)
             # The first of several tells more than what follows from it.
-            if self._pending is None and finding.kind in _STANDSTILL:
+            if self._pending is None:
                 self._pending = (now, self._last_step(), finding)
         if self._pending is None:
             return None

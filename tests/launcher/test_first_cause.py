@@ -43,9 +43,16 @@ def test_ranks_that_are_done_or_have_stopped_have_not_failed() -> None:
 
 def test_a_run_has_stopped_when_the_others_but_missed_one_that_has() -> None:
     lost = _failed("rank 0 lost the others in a barrier", at=1.0)
-    assert have_stopped([_End(code=75), lost, _End(code=-9, ended_by_us=True), _End(code=0)])
-    assert not have_stopped([_End(code=75), _failed("the disk is full", at=1.0)])
-    assert not have_stopped([_End(code=0), lost])
+    assert have_stopped([_End(code=75), lost, _End(code=-9, ended_by_us=True), _End(code=0)], was_asked=False)
+    assert not have_stopped([_End(code=75), _failed("the disk is full", at=1.0)], was_asked=True)
+    assert not have_stopped([_End(code=0), lost], was_asked=True)
+
+
+def test_a_rank_that_we_have_ended_before_its_first_step_has_not_stopped_the_run() -> None:
+    lost = _failed("rank 0 lost the others in a barrier", at=1.0)
+    ended = _End(code=75, ended_by_us=True)
+    assert not have_stopped([ended, lost], was_asked=False)
+    assert have_stopped([ended, lost], was_asked=True)
 
 
 @pytest.mark.parametrize(
