@@ -166,4 +166,4 @@ def _evidence(differing: Mapping[str, Mapping[int, str]], hosts: Hosts) -> dict[
 
 
 def _short(value: str) -> str:
-    return value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}..."
+    return (value if len(value) <= _LONGEST_VALUE else f"{value[:_LONGEST_VALUE]}...") or '""'

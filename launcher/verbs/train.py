@@ -145,6 +145,7 @@ def _train_here(out: Output, config: RunConfig, place: Place, *, summary: bool, 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from rich.console import Console
 
+    from launcher.rank_preflight import preflighted
     from launcher.run_record import record_begin, record_config
     from megamodel.train.run import train as train_run
 
@@ -156,7 +157,8 @@ def _train_here(out: Output, config: RunConfig, place: Place, *, summary: bool, 
         record_config(config)
         record_begin(RunDirectory(config.run_directory), num_ranks=place.num_ranks, environ=os.environ)
 
-    result = train_run(job, console=console, on_accepted=accepted)
+    with preflighted(os.environ, config, say=out.say):
+        result = train_run(job, console=console, on_accepted=accepted)
     if place.rank == 0:
         export_path = _finish(out, config) if result.finished else None
         if result.finished and result.trained:

@@ -1,4 +1,5 @@
 import importlib.metadata
+import json
 import socket
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from launcher.diagnosis import (
     torch_version_finding,
 )
 from tests.launcher.conftest import Mega
+from tests.launcher.named_hosts import ranks_on_hosts
 
 _GIB = 2**30
 
@@ -80,3 +82,50 @@ def test_something_missing_ends_with_3(mega: Mega, monkeypatch: pytest.MonkeyPat
     ended = mega("doctor")
     assert ended.code == 3
     assert "Missing: gloo." in ended.out
+
+
+def test_the_cluster_is_looked_at_by_ranks_that_are_started_here(mega_process: Mega, tmp_path: Path) -> None:
+    exclude, output = tmp_path / "exclude", tmp_path / "verdict.json"
+    files = ("--exclude-file", exclude, "--output", output, "--directory", tmp_path / "shared")
+    ended = mega_process("doctor", "--cluster", "--ranks", "2", "--json", *files)
+    assert ended.code == 0, ended.err
+    assert ended.json["ok"] is True
+    assert ended.json["details"]["fabric"] == {"skipped": "all ranks are on one host"}
+    assert json.loads(output.read_text()) == ended.json
+    assert exclude.read_text() == ""
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
+def test_hosts_that_differ_are_told_and_excluded_with_3(tmp_path: Path) -> None:
+    exclude = tmp_path / "exclude"
+    words = ["doctor", "--cluster", "--no-fabric", "--directory", str(tmp_path), "--exclude-file", str(exclude)]
+    first, *others = ranks_on_hosts(words, {}, {}, {"LD_PRELOAD": "", "NCCL_ALGO": "Ring"})
+    assert first.code == 3, first.err
+    assert [(other.code, other.out) for other in others] == [(0, ""), (0, "")], "rank 0 alone speaks"
+    lines = first.out.splitlines()
+    assert lines[0].startswith(
+        'n2 differs from the others in the variable LD_PRELOAD ("" there, and not set elsewhere)'
+    )
+    assert "NCCL_ALGO (Ring there, and not set elsewhere)" in lines[0]
+    assert lines[1].startswith("Preflight of 3 ranks on 3 hosts: something is wrong (")
+    assert "The network was not measured: it is switched off." in lines
+    assert "Network between hosts: socket." in lines
+    assert lines[-1].endswith(": n2")
+    assert exclude.read_text() == "n2\n"
+
+
+def test_the_network_between_hosts_is_measured(tmp_path: Path) -> None:
+    words = ["doctor", "--cluster", "--json", "--directory", str(tmp_path)]
+    told = ranks_on_hosts(words, {}, {})[0]
+    # Whatever the noise of a busy machine may look like, the answer has its form.
+    assert told.code == (0 if told.json["ok"] else 3), told.err
+    assert told.json["details"]["fabric"]["beta_s_per_byte"] > 0
+
+
+def test_options_of_the_cluster_mean_nothing_without_it(mega: Mega) -> None:
+    ended = mega("doctor", "--ranks", "2", "--no-fabric")
+    assert ended.code == 2
+    assert "--ranks, --no-fabric means something only with --cluster: add that, or leave it out" in ended.err
+    alone = mega("doctor", "--cluster")
+    assert alone.code == 2
+    assert "give --ranks N (N >= 2)" in alone.err

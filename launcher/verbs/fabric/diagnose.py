@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from launcher.output import Output
 from launcher.verb import EXIT_REFUSED, NumRanks
@@ -13,6 +11,7 @@ from launcher.verbs.fabric.reach import (
     Answer,
     CountersRoot,
     DryRun,
+    ExcludeFile,
     HostName,
     Interface,
     Leaf,
@@ -24,18 +23,13 @@ from launcher.verbs.fabric.reach import (
     ask,
     find_ranks,
     tell,
+    write_exclude_file,
     write_json,
 )
 
 if TYPE_CHECKING:
     from cluster.fabric.findings import Verdict
     from cluster.fabric.measured.fabric import MeasuredFabric
-
-ExcludeFile = Annotated[
-    Path | None,
-    typer.Option("--exclude-file", help="Write the hosts to leave out, in SLURM's form (n[3,7-8]); empty where none is."),
-]  # fmt: skip
-
 
 _MUCH_NOISE = 0.2
 """Standard deviation of a transfer, as a share: the least fault that has to be found is one of 20 %."""
@@ -73,7 +67,7 @@ def diagnose(
     files = [("--exclude-file", exclude_file), ("--output", output)]
     arguments = [word for name, path in files if path for word in (name, str(path.absolute()))]
     arguments += ["--rails"] if rails else []
-    return ask(out, "diagnose", reach, arguments, lambda fabric: _examine(fabric, exclude_file, output))
+    return ask(out, ["fabric", "diagnose"], reach, arguments, lambda fabric: _examine(fabric, exclude_file, output))
 
 
 def _examine(fabric: MeasuredFabric, exclude_file: Path | None, output: Path | None) -> Answer:
@@ -82,16 +76,9 @@ def _examine(fabric: MeasuredFabric, exclude_file: Path | None, output: Path | N
 
     verdict = diagnose_fabric(fabric)
     write_json(output, verdict.as_data())
-    excluded = hosts_to_exclude(verdict.findings)
     lines = [*_sentences(verdict)]
     if exclude_file is not None:
-        import hostlist
-
-        exclude_file.parent.mkdir(parents=True, exist_ok=True)
-        exclude_file.write_text(f"{hostlist.collect_hostlist(excluded)}\n" if excluded else "", encoding="utf-8")
-        lines.append(
-            f"Hosts to leave out, for `sbatch --exclude=$(cat {exclude_file})`: {', '.join(excluded) or 'none'}"
-        )
+        lines.append(write_exclude_file(exclude_file, hosts_to_exclude(verdict.findings)))
     return Answer(data=verdict.as_data(), lines=lines, exit_code=0 if verdict.healthy else EXIT_REFUSED)
 
 

@@ -60,7 +60,7 @@ def pairs(
     given += [("--output", str(output.absolute()))] if output else []
     arguments = [word for option in given for word in option]
     arguments += ["--rails"] if rails else []
-    return ask(out, "pairs", reach, arguments, lambda fabric: _measure(fabric, num_bytes, repeats, output))
+    return ask(out, ["fabric", "pairs"], reach, arguments, lambda fabric: _measure(fabric, num_bytes, repeats, output))
 
 
 def _measure(fabric: MeasuredFabric, num_bytes: int, repeats: int, output: Path | None) -> Answer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from launcher.errors import ConfigError, RankError
+from launcher.fabric_place import fabric_place
 from launcher.local_ranks import Grace, run_local_ranks
 from launcher.mpi_meeting import meet_and_stay, no_meeting
 from launcher.output import Output
 from launcher.place import Place, find_place
-from launcher.rank_environment import adopt, hosts_of_ranks, leaf_switch
+from launcher.rank_environment import adopt
 from launcher.rank_process import EXIT_INTERRUPTED, EXIT_STOPPED, failure_file
 
 if TYPE_CHECKING:
+    from cluster.fabric.measured.agent import Answer as RankAnswer
     from cluster.fabric.measured.fabric import MeasuredFabric
     from cluster.fabric.measured.place import FabricPlace
 
@@ -54,6 +55,10 @@ CountersRoot = Annotated[
 OutputFile = Annotated[
     Path | None, typer.Option("--output", metavar="FILE", help="Write the result there too, as JSON.")
 ]
+ExcludeFile = Annotated[
+    Path | None,
+    typer.Option("--exclude-file", help="Write the hosts to leave out, in SLURM's form (n[3,7-8]); empty where none is."),
+]  # fmt: skip
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be measured among whom; measure nothing.")]
 
 _LAST_WORDS_S = 60.0
@@ -119,15 +124,22 @@ def find_ranks(reach: Reach, *, dry_run: bool = False) -> Place:
 
 
 def ask(
-    out: Output, verb: str, reach: Reach, arguments: Sequence[str], work: Callable[[MeasuredFabric], Answer]
+    out: Output,
+    verb: Sequence[str],
+    reach: Reach,
+    arguments: Sequence[str],
+    work: Callable[[MeasuredFabric], Answer],
+    *,
+    answer: Callable[[FabricPlace], RankAnswer] | None = None,
 ) -> int:
     """Has `work` measure on rank 0 of the ranks in reach, and tells what it found. Returns the exit code.
 
-    `arguments` are the verb's own options, for ranks that have to be started; what they share is added here.
+    `verb` are the words after `mega`, `arguments` the verb's own options, for ranks that have to be started; what they share is
+    added here. Where a rank can `answer` questions, those come first, and ranks connect only for the first measurement.
     """
-    place = find_ranks(reach)
-    if not place.joins:
-        return _in_children(out, [verb, *arguments, *reach.as_arguments()], place.num_ranks, reach)
+    found = find_ranks(reach)
+    if not found.joins:
+        return _in_children(out, [*verb, *arguments, *reach.as_arguments()], found.num_ranks, reach)
     from cluster.fabric.measured.fabric import run_on_fabric
     from cluster.fabric.measured.place import MeasureOptions
 
@@ -137,15 +149,17 @@ def ask(
         start_timeout_s=reach.timeout_s,
         interface=reach.interface,
         counter_root=str(reach.root),
+        lazy=answer is not None,
     )
-    answer = run_on_fabric(_fabric_place(reach), options, work)
-    if answer is None:
+    place = fabric_place(os.environ, host_name=reach.host_name, leaf=reach.leaf)
+    told = run_on_fabric(place, options, work, answer=answer(place) if answer else None)
+    if told is None:
         return 0
     if (failures := failure_file(os.environ)) is not None:
-        text = json.dumps({"data": answer.data, "lines": list(answer.lines), "exit_code": answer.exit_code})
+        text = json.dumps({"data": told.data, "lines": list(told.lines), "exit_code": told.exit_code})
         failures.with_name(_ANSWER_NAME).write_text(text, encoding="utf-8")
         return 0
-    return tell(out, answer)
+    return tell(out, told)
 
 
 def tell(out: Output, answer: Answer) -> int:
@@ -163,6 +177,15 @@ def write_json(path: Path | None, data: Mapping[str, Any]) -> None:
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
+def write_exclude_file(path: Path, hosts: Sequence[str]) -> str:
+    """Hosts in SLURM's form, in a file that is empty where there is none; returns a line for people."""
+    import hostlist
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{hostlist.collect_hostlist(hosts)}\n" if hosts else "", encoding="utf-8")
+    return f"Hosts to leave out, for `sbatch --exclude=$(cat {path})`: {', '.join(hosts) or 'none'}"
+
+
 def _in_children(out: Output, arguments: Sequence[str], num_ranks: int, reach: Reach) -> int:
     """Starts the ranks. A rank that dies is what the others may be asked about: they get the time to find out."""
     from cluster.hardware import num_usable_cores
@@ -172,7 +195,7 @@ def _in_children(out: Output, arguments: Sequence[str], num_ranks: int, reach: R
         failure = RankError("the ranks ended without a word of what they measured")
         try:
             code = run_local_ranks(
-                ["fabric", *arguments, "--ranks", str(num_ranks)],
+                [*arguments, "--ranks", str(num_ranks)],
                 num_ranks=num_ranks,
                 log_directory=Path(folder),
                 environ=os.environ,
@@ -188,21 +211,3 @@ def _in_children(out: Output, arguments: Sequence[str], num_ranks: int, reach: R
             raise failure
         told = json.loads(answer_file.read_text(encoding="utf-8"))
     return tell(out, Answer(data=told["data"], lines=told["lines"], exit_code=told["exit_code"]))
-
-
-def _fabric_place(reach: Reach) -> FabricPlace:
-    from cluster.fabric.measured.place import FabricPlace
-
-    environ = os.environ
-    local_rank = int(environ.get("LOCAL_RANK", "0"))
-    return FabricPlace(
-        rank=int(environ["RANK"]),
-        world_size=int(environ["WORLD_SIZE"]),
-        local_rank=local_rank,
-        local_world_size=int(environ.get("LOCAL_WORLD_SIZE", "1")),
-        address=f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{environ.get('MASTER_PORT', '29500')}",
-        host=reach.host_name or socket.gethostname(),
-        agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-        hosts=hosts_of_ranks(environ),
-        leaf=reach.leaf or leaf_switch(environ),
-    )

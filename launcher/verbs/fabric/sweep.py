@@ -77,7 +77,7 @@ def sweep(
     given += [("--mesh", mesh)] if mesh else []
     given += [("--output", str(output.absolute()))] if output else []
     arguments = [word for option in given for word in option]
-    return ask(out, "sweep", reach, arguments, lambda fabric: _measure(fabric, plan, output))
+    return ask(out, ["fabric", "sweep"], reach, arguments, lambda fabric: _measure(fabric, plan, output))
 
 
 def _plan(kinds: str, sizes: str, mesh: str | None, modes: str, iterations: int, world_size: int) -> SweepPlan:
