@@ -1,12 +1,11 @@
-"""The beginning and the end of a process that `launcher.local_ranks` started: one rank of a local run.
+"""The beginning and the end of a process that is one rank of a run.
 
-`enter()` must be the first thing that such a process does. It came into the world with the stop signals blocked, so
-that none is lost before there is a handler.
+`enter()` must be the first thing that such a process does. One that this system has started came into the world with the
+stop signals blocked, so that none is lost before there is a handler.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import signal
@@ -15,14 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+from launcher.parent_tie import die_with_parent, tie_to_launcher
+
 SUPERVISOR_PID = "MEGA_SUPERVISOR_PID"
 FAILURE_FILE = "MEGA_FAILURE_FILE"
 EXIT_STOPPED = 75
 """Stopped early, with all that was trained saved."""
 EXIT_INTERRUPTED = 130
 """Ended by a second Ctrl-C, without saving: 128 + SIGINT, as shells have it."""
-
-_PR_SET_PDEATHSIG = 1
 
 
 def stop_signals() -> frozenset[signal.Signals]:
@@ -40,14 +39,12 @@ def enter(environ: Mapping[str, str]) -> None:
     """Ties this process to its launcher, and handles stop signals until the trainer does. Else does nothing.
 
     The kernel kills this process when the launcher dies, however it dies. A stop signal before the first step has
-    nothing to save: the process ends with 75 at once.
+    nothing to save: the process ends with 75 at once. A rank that another launcher has started is tied to it too.
     """
     if SUPERVISOR_PID not in environ:
+        tie_to_launcher(environ)
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(environ[SUPERVISOR_PID]):  # it died before the line above
-        os._exit(1)
+    die_with_parent(int(environ[SUPERVISOR_PID]))
     stop_before_first_step()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
