@@ -260,7 +260,7 @@ class Attempt:
                 agent.has_started = True
                 self._poke()
             case Leaving():
-                agent.leaves = message.why
+                agent.leaves = agent.leaves or message.why
             case _:
                 raise ProtocolError(f"an agent says {type(message).__name__}")
 

@@ -1,0 +1,105 @@
+"""An agent that is played by a test: it says and hears what the test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from launcher.jobs.head import Head
+from launcher.jobs.protocol import LONGEST_LINE, Ended, Hello, Message, Start, Started, Welcome, decode, encode
+
+T = TypeVar("T", bound=Message)
+
+TOKEN = "secret"
+
+
+def in_time(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs a test that must come to its end."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(90):
+            await test()
+
+    try:
+        asyncio.run(limited())
+    finally:
+        FakeAgent.kept.clear()
+
+
+@dataclass
+class FakeAgent:
+    """One end of a connection to the head."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    kept: ClassVar[list[FakeAgent]] = []
+    """Those of the running test: one that nobody holds hangs up."""
+
+    def __post_init__(self) -> None:
+        self.kept.append(self)
+
+    @classmethod
+    async def connect(cls, head: Head) -> FakeAgent:
+        """Connects, and says nothing."""
+        return cls(*await asyncio.open_connection("127.0.0.1", head.port, limit=LONGEST_LINE))
+
+    @classmethod
+    async def come(cls, head: Head, host: str, index: int = 0, **hello: Any) -> FakeAgent:
+        """Connects, and is welcome."""
+        agent = await cls.connect(head)
+        agent.say_hello(host, index, **hello)
+        await agent.hear(Welcome)
+        return agent
+
+    def say_hello(self, host: str, index: int = 0, **hello: Any) -> None:
+        fields: dict[str, Any] = {
+            "token": TOKEN,
+            "attempt": 1,
+            "host": host,
+            "index": index,
+            "agent": f"{host}-{index}",
+            "addresses": (f"address-of-{host}",),
+            "port": 29500,
+            "sent": time.time(),
+        }
+        self.say(Hello(**{**fields, **hello}))
+
+    def say(self, message: Message) -> None:
+        self.writer.write(encode(message))
+
+    async def hear(self, kind: type[T]) -> T:
+        """The next message but beats, which must be of this kind."""
+        while True:
+            line = await self.reader.readline()
+            assert line, "the head has hung up"
+            message = decode(line)
+            if message is not None:
+                assert isinstance(message, kind), message
+                return message
+
+    async def start(self) -> Start:
+        """Does as if it started the ranks that it is given."""
+        order = await self.hear(Start)
+        self.say(Started())
+        return order
+
+    def end_rank(self, rank: int, code: int = 0, **fields: Any) -> None:
+        """Says that a rank has ended."""
+        now = time.time()
+        known = {"at": now, "sent": now, "record": None, "last_line": "", "ended_by_us": False}
+        self.say(Ended(**{"rank": rank, "code": code, **known, **fields}))
+
+    async def is_hung_up_on(self) -> bool:
+        """Waits for the end of the connection; False where something is said before."""
+        with contextlib.suppress(ConnectionError):
+            while line := await self.reader.readline():
+                if decode(line) is not None:
+                    return False
+        return True
+
+    def close(self) -> None:
+        self.writer.close()
