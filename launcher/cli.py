@@ -9,7 +9,22 @@ import typer
 
 from launcher import rank_process
 from launcher.verb import as_command
-from launcher.verbs import agent, checkpoint, config, data, doctor, export, fabric, generate, init, smoke, train
+from launcher.verbs import (
+    agent,
+    cancel,
+    checkpoint,
+    config,
+    data,
+    doctor,
+    export,
+    fabric,
+    generate,
+    init,
+    launch,
+    smoke,
+    supervise,
+    train,
+)
 
 
 def build_app() -> typer.Typer:
@@ -29,6 +44,8 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("config", config.VERBS, "Show, explain or check a configuration."))
     app.add_typer(_group("data", data.VERBS, "Prepare a data set, or describe a prepared one."))
     app.command("train")(as_command(train.train))
+    app.command("launch")(as_command(launch.launch))
+    app.command("cancel")(as_command(cancel.cancel))
     app.add_typer(_group("checkpoint", checkpoint.VERBS, "List a run's checkpoints, verify or copy them."))
     measuring = _group("fabric", fabric.VERBS, "Measure the network between ranks, and name what is wrong with it.")
     measuring.add_typer(_group("baseline", fabric.BASELINE_VERBS, "Keep sweeps, and see what has become slower since."))
@@ -36,6 +53,7 @@ def build_app() -> typer.Typer:
     app.command("generate")(as_command(generate.generate))
     app.command("export")(as_command(export.export))
     app.command("smoke")(as_command(smoke.smoke))
+    app.command("supervise", hidden=True)(as_command(supervise.supervise))
     app.command("agent", hidden=True)(as_command(agent.agent))
     return app
 

@@ -78,6 +78,10 @@ class JobFolder:
         data = _read(self._record)
         return None if data is None else JobRecord(**{**data, "earlier_job_ids": tuple(data["earlier_job_ids"])})
 
+    def forget_record(self) -> None:
+        """Of a job that was not started after all."""
+        self._record.unlink(missing_ok=True)
+
     def write_state(self, state: SupervisorState) -> SupervisorState:
         """Whole or not at all; returns it with the time of now."""
         state = replace(state, updated=time.time())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -76,6 +75,7 @@ def run_training(
 ) -> int:
     """The verb; without `summary` it does not say at the end where everything is."""
     from launcher.config import load_run_config
+    from launcher.needed_packages import check_packages
     from launcher.run_lock import locked_run
     from launcher.run_record import changes_to_run
 
@@ -86,7 +86,7 @@ def run_training(
         num_ranks = ranks_to_start(num_ranks, device=loaded.config.run.device, environ=os.environ, say=out.warn)
         if num_ranks != place.num_ranks:
             loaded = load_run_config(files, overrides or (), num_ranks=num_ranks)
-    _check_packages(loaded.config)
+    check_packages(loaded.config)
     if dry_run:
         return _say_plan(out, loaded.config, num_ranks) if place.rank == 0 else 0
     with contextlib.ExitStack() as held:
@@ -256,13 +256,3 @@ def _say_plan(out: Output, config: RunConfig, num_ranks: int) -> int:
     out.say("Nothing was started (--dry-run).")
     out.result({**plan, **summary})
     return 0
-
-
-def _check_packages(config: RunConfig) -> None:
-    """What the run will need at its end must be there at its beginning."""
-    needs = {"transformers": config.export.format == "hf", "datasets": config.data.source == "huggingface"}
-    missing = [package for package, needed in needs.items() if needed and importlib.util.find_spec(package) is None]
-    if missing:
-        asked = {"transformers": 'export.format = "hf"', "datasets": 'data.source = "huggingface"'}
-        listing = ", ".join(f"{asked[package]} needs {package}" for package in missing)
-        raise ConfigError(f"{listing}: not installed; install the extra `hf` (pip install '.[hf]'), or change the key")

@@ -1,0 +1,210 @@
+"""The hosts of a job of SLURM: an srun step starts the agents of each attempt. For SLURM 22.05 and later."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from launcher.errors import ConfigError, RunError
+from launcher.jobs.backend import Agents, AgentsStart
+from launcher.jobs.config import SlurmConfig
+from launcher.jobs.job_record import JobFolder
+from launcher.jobs.protocol import ATTEMPT
+from launcher.jobs.slurm_client import call, show_job, usable_hosts
+from launcher.jobs.slurm_guard import guard_command
+from launcher.jobs.slurm_step import step_command, step_environ, step_options
+from megamodel.train.run_directory import RunDirectory
+
+RUN = "MEGA_RUN"
+"""For those who look at a host's processes: which run an agent, or a rank, belongs to."""
+_POLL_SECONDS = 0.05
+_ASK_SECONDS, _KILL_SECONDS = 2.0, 3.0
+"""For a step to end once asked to, and for SLURM to be told that it is killed."""
+_NUM_GUARDS = 2
+
+
+class SlurmStep:
+    """A step that runs: `launcher.jobs.backend.Agents`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], *, job_id: str, name: str, environ: Mapping[str, str]) -> None:
+        self._process = process
+        self._job_id = job_id
+        self._name = name
+        self._environ = environ
+
+    async def wait(self) -> int:
+        """Until srun has ended; its exit code."""
+        while self._process.poll() is None:
+            await asyncio.sleep(_POLL_SECONDS)
+        return int(self._process.returncode)
+
+    async def end(self) -> None:
+        """Asks its tasks to end, then has them killed. With a dead host SLURM is slow to answer, and srun to end: neither is
+        waited for longer than seconds."""
+        if self._process.poll() is not None:
+            return
+        asking = asyncio.ensure_future(self._signal("TERM"))
+        await asyncio.wait((asking, waiting := asyncio.ensure_future(self.wait())), timeout=_ASK_SECONDS)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(waiting), _ASK_SECONDS)
+        if self._process.poll() is None:
+            killing = asyncio.ensure_future(self._signal("KILL"))
+            # Not its process group: there srun keeps a process that has SLURM kill the step when srun itself is killed.
+            self._process.kill()
+            await waiting
+            await asyncio.wait((killing,), timeout=_KILL_SECONDS)
+            killing.cancel()
+        asking.cancel()
+        await asyncio.gather(asking, waiting, return_exceptions=True)
+
+    async def _signal(self, name: str) -> None:
+        with contextlib.suppress(RunError):  # srun's own end sees to it
+            listing = await call(
+                *("squeue", "--steps", f"--jobs={self._job_id}", "--noheader", "--format=%i|%j"), environ=self._environ
+            )
+            for line in listing.out.splitlines():
+                step, _, step_name = line.strip().partition("|")
+                if step_name == self._name:
+                    await call("scancel", f"--signal={name}", step, environ=self._environ)
+
+
+class SlurmBackend:
+    """`launcher.jobs.backend.Backend` within a job of SLURM, for the process that its batch script has become."""
+
+    name = "slurm"
+
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        slurm: SlurmConfig,
+        run: RunDirectory,
+        *,
+        say: Callable[[str], None],
+        working_directory: Path | None = None,
+    ) -> None:
+        """`environ`: of the batch script. Raises ConfigError where it is none of a job of SLURM."""
+        if not environ.get("SLURM_JOB_ID"):
+            raise ConfigError("SLURM_JOB_ID is not set: this runs as a batch job of SLURM, by `mega launch --on slurm`")
+        self._environ = dict(environ)
+        self._slurm = slurm
+        self._run = run
+        self._say = say
+        self._working_directory = working_directory or Path.cwd()
+        self._job_id = environ["SLURM_JOB_ID"]
+        self._restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._guarding: tuple[str, ...] = ()
+
+    @property
+    def task_per_rank(self) -> bool:
+        """Under PMIx a task is a rank."""
+        return self._slurm.mpi == "pmix"
+
+    async def hosts(self) -> Sequence[str]:
+        """Those of the job that work. A host that SLURM has given up does not come back to the job."""
+        job = await show_job(self._job_id, self._environ)
+        return await usable_hosts(job.hosts, self._environ)
+
+    async def start(self, start: AgentsStart) -> Agents:
+        """Starts a step with the agents."""
+        name = f"attempt-{start.environ[ATTEMPT]}"
+        command = step_command(
+            self._slurm,
+            hosts=start.hosts,
+            tasks_per_host=start.agents_per_host,
+            name=name,
+            working_directory=self._working_directory,
+            run_directory=self._run.root,
+        )
+        environ = {**step_environ(self._environ), RUN: str(self._run.root), **start.environ}
+        process = _popen(command, environ, start.output)
+        self._keep_guard(start.hosts)
+        return SlurmStep(process, job_id=self._job_id, name=name, environ=self._environ)
+
+    async def requeue(self, *, without: Sequence[str], reason: str) -> bool:
+        """Asks SLURM for another start of this very job, on other hosts. It may end this process at once."""
+        job = await show_job(self._job_id, self._environ)
+        if job.restarts <= self._restarts:  # else SLURM has decided so itself
+            if not self._may_requeue():
+                return False
+            answer = await call("scontrol", "requeue", self._job_id, environ=self._environ)
+            if answer.code:
+                raise RunError(f"scontrol requeue {self._job_id}: {answer.complaint}")
+        if without:
+            await self._exclude(without)
+        return True
+
+    async def is_preempted(self) -> bool:
+        """Whether SLURM needs the hosts for others, or the time is over, or it has queued the job again already."""
+        try:
+            job = await show_job(self._job_id, self._environ)
+        except RunError as error:
+            self._say(f"whether the job is preempted is not known: {error}")
+            return False
+        return job.is_preempted or job.restarts > self._restarts or job.reason == "TimeLimit"
+
+    def _may_requeue(self) -> bool:
+        if not self._slurm.requeue:
+            return False
+        state = JobFolder(self._run).read_state()
+        # The supervisor has counted this one already.
+        requeues = max(self._restarts, state.requeues - 1 if state is not None else 0)
+        if requeues >= self._slurm.max_requeues:
+            self._say(f"the job was queued again {requeues} times, and slurm.max_requeues = {self._slurm.max_requeues}")
+            return False
+        return True
+
+    async def _exclude(self, hosts: Sequence[str]) -> None:
+        """A running job's list cannot be changed; that of one that is queued again can, at once."""
+        every = ",".join(filter(None, [self._slurm.exclude, *hosts]))
+        answer = await call(
+            "scontrol", "update", f"JobId={self._job_id}", f"ExcNodeList={every}", environ=self._environ
+        )
+        if answer.code:
+            self._say(f"SLURM may give the job {', '.join(hosts)} again: {answer.complaint}")
+
+    def _keep_guard(self, hosts: Sequence[str]) -> None:
+        """Has guards on other hosts than this one, as long as there are any; see `launcher.jobs.slurm_guard`."""
+        here = self._environ.get("SLURMD_NODENAME")
+        guarding = tuple(host for host in hosts if host != here)[-_NUM_GUARDS:]
+        if not guarding:  # SLURM itself starts a job again that has lost its only host
+            return
+        if self._guard is not None:
+            if self._guard.poll() is None and self._guarding == guarding:
+                return
+            self._guard.kill()
+            self._guard.wait()
+        left = self._slurm.max_requeues if self._slurm.requeue else 0
+        options = step_options(guarding, tasks_per_host=1, name="guard")
+        # No GPU, whatever the job has.
+        environ = {
+            name: value for name, value in step_environ(self._environ).items() if not name.startswith("SLURM_GPU")
+        }
+        output = JobFolder(self._run).root / "guard.log"
+        try:
+            self._guard = _popen(
+                ("srun", *options, "--gres=none", "--mpi=none", *guard_command(self._run, max_restarts=left)),
+                environ,
+                output,
+            )
+            self._guarding = guarding
+        except RunError as error:
+            self._say(f"nobody guards this job against the loss of {here}: {error}")
+
+
+def _popen(command: Sequence[str], environ: Mapping[str, str], output: Path) -> subprocess.Popen[bytes]:
+    try:
+        with output.open("ab") as file:
+            return subprocess.Popen(
+                command,
+                env=dict(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise RunError(f"{command[0]} cannot be started: {error.strerror}") from error

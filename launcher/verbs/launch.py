@@ -1,0 +1,299 @@
+"""`mega launch`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launcher.errors import ConfigError
+from launcher.output import Output
+from launcher.rank_process import EXIT_STOPPED
+from launcher.verb import EXIT_FAILED, Overrides
+
+if TYPE_CHECKING:
+    from launcher.jobs.backend import Backend
+    from launcher.jobs.job import JobEnd
+    from launcher.jobs.job_record import BackendName
+    from launcher.jobs.launch_plan import LaunchPlan
+    from launcher.jobs.submission import Submitted
+
+Files = Annotated[
+    list[Path] | None, typer.Argument(metavar="CONFIG.toml...", help="TOML files, later ones over earlier ones.")
+]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on", metavar="local|torchrun|slurm|mpi", help="Who starts processes on hosts. Default: slurm, else local."
+    ),
+]
+Nodes = Annotated[int | None, typer.Option("--nodes", min=1, metavar="N", help="Hosts that train: launch.nodes.")]
+Hostfile = Annotated[
+    Path | None, typer.Option("--hostfile", metavar="FILE", help="With mpi and torchrun: the hosts, one a line.")
+]
+NodeRank = Annotated[
+    int | None, typer.Option("--node-rank", min=0, metavar="K", help="With torchrun: which of the hosts this one is.")
+]
+Rendezvous = Annotated[
+    str | None, typer.Option("--rendezvous", metavar="HOST:PORT", help="With torchrun: where all hosts meet.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, show script and environment; start and queue nothing.")
+]
+ShowTemplate = Annotated[
+    bool, typer.Option("--show-template", help="Print the template of the batch script, for slurm.template.")
+]
+Wait = Annotated[bool, typer.Option("--wait", help="With slurm: return when the job has ended, with its exit code.")]
+
+_BACKENDS = ("local", "torchrun", "slurm", "mpi")
+_LOOK_SECONDS = 2.0
+
+
+def launch(
+    out: Output,
+    files: Files = None,
+    overrides: Overrides = None,
+    on: On = None,
+    nodes: Nodes = None,
+    hostfile: Hostfile = None,
+    node_rank: NodeRank = None,
+    rendezvous: Rendezvous = None,
+    dry_run: DryRun = False,
+    show_template: ShowTemplate = False,
+    wait: Wait = False,
+) -> int:
+    """Run a configuration on hosts: checked before it is queued, watched, and started again where it fails."""
+    if show_template:
+        return _show_template(out)
+    if not files:
+        raise ConfigError("CONFIG.toml is missing: name the configuration to launch")
+    backend = _choose_backend(out, on)
+    _check_options(backend, hostfile=hostfile, node_rank=node_rank, rendezvous=rendezvous, wait=wait)
+    sets = [*(overrides or ()), *([] if nodes is None else [f"launch.nodes={nodes}"])]
+    if backend == "torchrun":
+        return _under_torchrun(out, files, sets, hostfile, node_rank, rendezvous, dry_run)
+    from launcher.jobs.launch_plan import plan_launch
+    from launcher.jobs.submission import check_is_free
+    from launcher.needed_packages import check_packages
+    from launcher.run_record import changes_to_run
+
+    plan = plan_launch(files, sets, backend=backend, environ=os.environ, hostfile=hostfile)
+    if plan.config.slurm.container.runtime == "none" or backend != "slurm":
+        check_packages(plan.config)  # what a container holds shows only in it
+    changes = changes_to_run(plan.loaded)
+    check_is_free(plan.run)
+    for change in changes:
+        out.say(f"changed since the last start: {change}")
+    for doubt in plan.doubts:
+        out.warn(doubt)
+    if backend == "slurm":
+        return _on_slurm(out, plan, dry_run=dry_run, wait=wait)
+    return _preview(out, plan) if dry_run else _in_foreground(out, plan)
+
+
+def _show_template(out: Output) -> int:
+    from launcher.jobs.slurm_script import template_text
+
+    text = template_text()
+    out.say(text.rstrip("\n"))
+    out.result({"template": text})
+    return 0
+
+
+def _choose_backend(out: Output, on: str | None) -> BackendName:
+    from launcher.jobs.launch_plan import default_backend
+
+    if on is None:
+        backend, reason = default_backend(os.environ, has_sbatch=shutil.which("sbatch") is not None)
+        out.say(f"--on {backend}: {reason}")
+        return backend
+    for known in _BACKENDS:
+        if on == known:
+            return known  # type: ignore[return-value]
+    raise ConfigError(f"--on {on}: must be {', '.join(_BACKENDS[:-1])} or {_BACKENDS[-1]}")
+
+
+def _check_options(backend: BackendName, **given: Any) -> None:
+    """Raises ConfigError for options that mean nothing here."""
+    meant = {
+        "hostfile": ("mpi", "torchrun"),
+        "node_rank": ("torchrun",),
+        "rendezvous": ("torchrun",),
+        "wait": ("slurm",),
+    }
+    problems = tuple(
+        f"--{name.replace('_', '-')} means nothing with --on {backend}, only with {' and '.join(meant[name])}: leave it out"
+        for name, value in given.items()
+        if value not in (None, False) and backend not in meant[name]
+    )
+    if problems:
+        raise ConfigError("\n".join(problems), problems)
+
+
+def _under_torchrun(
+    out: Output,
+    files: list[Path],
+    overrides: list[str],
+    hostfile: Path | None,
+    node_rank: int | None,
+    rendezvous: str | None,
+    dry_run: bool,
+) -> int:
+    from launcher.jobs.torchrun import run_torchrun
+
+    return run_torchrun(
+        out, files, overrides, hostfile=hostfile, node_rank=node_rank, rendezvous=rendezvous, dry_run=dry_run
+    )
+
+
+def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool) -> int:
+    from launcher.jobs.job_record import JobFolder
+    from launcher.jobs.launch_plan import working_directory
+    from launcher.jobs.slurm_script import render_script
+    from launcher.jobs.submission import submit, try_submission
+
+    earlier = JobFolder(plan.run).read_state()
+    excluded = {} if earlier is None else earlier.excluded_hosts
+    script = render_script(
+        plan.config,
+        ranks_per_node=plan.ranks_per_host,
+        working_directory=working_directory(),
+        also_exclude=excluded,
+    )
+    for host, reason in excluded.items():
+        out.say(f"not asked for: {host}, which an earlier job of this run has left out ({reason})")
+    has_sbatch = shutil.which("sbatch") is not None
+    if not has_sbatch and not dry_run:
+        raise ConfigError("--on slurm needs sbatch on PATH, and it is not there: run this where jobs are submitted")
+    said = try_submission(script, os.environ) if has_sbatch else "not asked: there is no sbatch here"
+    if dry_run:
+        return _preview(out, plan, script=script, said=said)
+    submitted = submit(plan, script, os.environ, say=out.warn)
+    run, name = plan.run.root, plan.config.run.name
+    answer = {
+        "job_id": submitted.job_id,
+        "run_dir": str(run),
+        "backend": "slurm",
+        "nodes": plan.nodes_asked,
+        "ranks": plan.num_ranks,
+    }
+    spares = plan.nodes_asked - plan.config.launch.nodes
+    hosts = f"{plan.config.launch.nodes} hosts" + (f" and {spares} spare" if spares else "")
+    out.say(f"Job {submitted.job_id} is queued: {plan.num_ranks} ranks on {hosts}. Run folder: {run}")
+    out.say("What to do next:")
+    named = name if plan.config.run.directory == "runs" else str(run)
+    for command, what in (
+        (f"mega status {named}", "how it is"),
+        (f"mega logs {named} --follow", "what its ranks say"),
+        (f"mega cancel {named}", "saves, and ends it"),
+    ):
+        out.say(f"  {command:40} # {what}")
+    if wait:
+        return _wait(out, plan, submitted, answer)
+    out.result(answer)
+    return 0
+
+
+def _wait(out: Output, plan: LaunchPlan, submitted: Submitted, answer: dict[str, Any]) -> int:
+    """Until the run has ended, over all its starts."""
+    from launcher.jobs.status import run_status
+
+    out.say("Waiting for its end; Ctrl-C leaves the job as it is.")
+    while not (status := run_status(plan.run)).has_ended:
+        time.sleep(_LOOK_SECONDS)
+    out.result({**answer, "state": status.state, "step": status.step, "cause": status.cause})
+    if status.state == "finished":
+        out.say(f"Finished: step {status.step}.")
+        return 0
+    out.warn(f"error: job {submitted.job_id}: {status.cause}")
+    return EXIT_STOPPED if submitted.folder.is_cancelled() else EXIT_FAILED
+
+
+def _preview(out: Output, plan: LaunchPlan, *, script: str | None = None, said: str | None = None) -> int:
+    from launcher.jobs.launch_plan import working_directory
+    from launcher.jobs.launch_preview import as_data, starter_command, variables_of_ranks
+    from launcher.layout_summary import in_words, layout_summary
+
+    starter = starter_command(plan, working_directory=working_directory(), environ=os.environ)
+    variables = variables_of_ranks(plan, os.environ)
+    summary = layout_summary(plan.config, plan.num_ranks)
+    facts: dict[str, Any] = {
+        "backend": plan.backend,
+        "run_dir": str(plan.run.root),
+        "nodes": plan.config.launch.nodes,
+        "spare_nodes": plan.nodes_asked - plan.config.launch.nodes,
+        "ranks": plan.num_ranks,
+    }
+    words = {key.replace("_", " "): str(value) for key, value in facts.items()} | in_words(summary)
+    out.table(("what", "value"), [*words.items()])
+    if script is not None:
+        out.say(f"\nSLURM says: {said}\n\n--- batch script\n{script.rstrip()}")
+    out.say(
+        f"\n--- starts the agents of an attempt, one {'a rank' if ' --mpi=pmix ' in starter else 'a host'}\n{starter}\n"
+    )
+    out.say("--- environment of ranks")
+    out.table(("variable", "value", "why"), [(each.name, each.value, each.reason) for each in variables])
+    out.say("\nNothing was started (--dry-run).")
+    out.result(
+        {
+            **facts,
+            **summary,
+            "script": script,
+            "slurm_says": said,
+            "starter": starter,
+            "environment": as_data(variables),
+        }
+    )
+    return 0
+
+
+def _in_foreground(out: Output, plan: LaunchPlan) -> int:
+    """The supervisor is this very process."""
+    from launcher.jobs.job import Job
+    from launcher.jobs.submission import write_job_files
+    from launcher.jobs.supervisor import supervise
+    from launcher.run_lock import locked_run
+
+    with locked_run(plan.run.root, say=out.warn):
+        write_job_files(plan)
+        job = Job(
+            config_file=_config_file(plan),
+            config=plan.config,
+            backend=_backend(plan),
+            ranks_per_host=plan.ranks_per_host,
+            say=out.warn,
+            show=out.say,
+        )
+        end = asyncio.run(supervise(job))
+    _tell(out, plan, end)
+    return end.exit_code
+
+
+def _config_file(plan: LaunchPlan) -> Path:
+    from launcher.jobs.job_record import JobFolder
+
+    return JobFolder(plan.run).config
+
+
+def _backend(plan: LaunchPlan) -> Backend:
+    from launcher.jobs.backends.local import LocalBackend
+    from launcher.jobs.backends.mpi import MpiBackend
+
+    return MpiBackend(os.environ, hosts=plan.hosts) if plan.backend == "mpi" else LocalBackend(os.environ)
+
+
+def _tell(out: Output, plan: LaunchPlan, end: JobEnd) -> None:
+    """The result, as `mega train` has it. People have read why it failed."""
+    from launcher import train_result
+
+    if end.result is not None:
+        out.result(end.result)
+    elif end.exit_code in (0, EXIT_STOPPED):
+        out.result(train_result.stopped_before_result(plan.run.root))
+    else:
+        out.result({"error": end.cause, "exit_code": end.exit_code})

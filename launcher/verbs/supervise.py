@@ -1,0 +1,97 @@
+"""`mega supervise`: not for people. The batch script of a job becomes this."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from launcher.errors import RunError
+from launcher.output import Output
+
+if TYPE_CHECKING:
+    from launcher.jobs.job_record import JobFolder
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")]
+
+_LOCK_SECONDS = 120.0
+"""The start before this one may still be ending, or the file system be slow to learn that its host is dead."""
+_LOOK_SECONDS = 1.0
+
+
+def supervise(out: Output, run: RunFolder) -> int:
+    """Stand by a launched run until it has ended. The batch script of `mega launch --on slurm` becomes this itself."""
+    from launcher.config import load_run_config
+    from launcher.jobs.backends.slurm import SlurmBackend
+    from launcher.jobs.job import Job
+    from launcher.jobs.job_record import JobFolder
+    from launcher.jobs.slurm_step import python_of_ranks
+    from launcher.jobs.supervisor import supervise as run_supervisor
+    from megamodel.train.run_directory import RunDirectory
+
+    def say(text: str) -> None:
+        out.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    directory = RunDirectory(run)
+    folder = JobFolder(directory)
+    config = load_run_config([folder.config]).config
+    backend = SlurmBackend(os.environ, config.slurm, directory, say=say)
+    with _locked(run, say):
+        _note_job(folder, os.environ["SLURM_JOB_ID"])
+        job = Job(
+            config_file=folder.config,
+            config=config,
+            backend=backend,
+            ranks_per_host=config.launch.ranks_per_node or 1,
+            say=say,
+            command=(python_of_ranks(config.slurm.container), "-m", "launcher", "train", str(folder.config)),
+        )
+        return asyncio.run(run_supervisor(job)).exit_code
+
+
+def _note_job(folder: JobFolder, job_id: str) -> None:
+    """`mega launch` knows the job's number only when the job may have begun; and anybody may submit the script again."""
+    from launcher.jobs.job_record import JobRecord
+
+    record = folder.read_record()
+    if record is None:
+        record = JobRecord(
+            backend="slurm",
+            job_id=job_id,
+            submitted=time.time(),
+            submitted_from=socket.gethostname(),
+            nodes=int(os.environ.get("SLURM_JOB_NUM_NODES", 1)),
+        )
+    elif record.job_id != job_id:
+        earlier = record.earlier_job_ids + (() if record.job_id is None else (record.job_id,))
+        record = replace(record, job_id=job_id, earlier_job_ids=earlier)
+    else:
+        return
+    folder.write_record(record)
+
+
+@contextlib.contextmanager
+def _locked(run: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Holds the run; waits for those who still do. Raises RunError where they do not let go."""
+    from launcher.run_lock import locked_run
+
+    deadline = time.monotonic() + _LOCK_SECONDS
+    with contextlib.ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(locked_run(run, say=say))
+                break
+            except RunError as error:
+                if time.monotonic() > deadline:
+                    raise
+                say(f"waiting: {error}")
+                time.sleep(_LOOK_SECONDS)
+        yield
