@@ -521,12 +521,12 @@ def _order(job: Job, command: Sequence[str], ranks: tuple[int, ...] = (0,)) -> S
 
 
 def test_a_head_that_does_not_listen_holds_no_rank_up(job: Job) -> None:
-    """It reads nothing until the rank has printed far more than fits on the way."""
+    """It reads nothing until the rank has printed far more than fits on the way, and has ended."""
     script = """
     for number in range(200_000):
         print(f"line {number:9}", "x" * 100)
     print("last line", flush=True)
-    mark("printed")
+    mark("printed", str(os.getpid()))
     """
     came: list[list[object]] = []
     found: list[Ended] = []
@@ -537,6 +537,7 @@ def test_a_head_that_does_not_listen_holds_no_rank_up(job: Job) -> None:
         await _hear(reader)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         await job.wait_for("printed-0")
+        await until(lambda: not Path("/proc", (job.here / "printed-0").read_text()).exists())
         writer.transport.resume_reading()  # type: ignore[attr-defined]
         while not found:
             message = await _hear(reader)
