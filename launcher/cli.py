@@ -21,7 +21,10 @@ from launcher.verbs import (
     generate,
     init,
     launch,
+    logs,
+    report,
     smoke,
+    status,
     supervise,
     train,
 )
@@ -45,7 +48,10 @@ def build_app() -> typer.Typer:
     app.add_typer(_group("data", data.VERBS, "Prepare a data set, or describe a prepared one."))
     app.command("train")(as_command(train.train))
     app.command("launch")(as_command(launch.launch))
+    app.command("status")(as_command(status.status))
+    app.command("logs")(as_command(logs.logs))
     app.command("cancel")(as_command(cancel.cancel))
+    app.command("report")(as_command(report.report))
     app.add_typer(_group("checkpoint", checkpoint.VERBS, "List a run's checkpoints, verify or copy them."))
     measuring = _group("fabric", fabric.VERBS, "Measure the network between ranks, and name what is wrong with it.")
     measuring.add_typer(_group("baseline", fabric.BASELINE_VERBS, "Keep sweeps, and see what has become slower since."))
@@ -53,6 +59,8 @@ def build_app() -> typer.Typer:
     app.command("generate")(as_command(generate.generate))
     app.command("export")(as_command(export.export))
     app.command("smoke")(as_command(smoke.smoke))
+    app.command("supervise", hidden=True)(as_command(supervise.supervise))
+    # Not for people: what jobs are made of.
     app.command("supervise", hidden=True)(as_command(supervise.supervise))
     app.command("agent", hidden=True)(as_command(agent.agent))
     return app
