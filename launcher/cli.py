@@ -61,7 +61,6 @@ def build_app() -> typer.Typer:
     app.command("smoke")(as_command(smoke.smoke))
     app.command("supervise", hidden=True)(as_command(supervise.supervise))
     # Not for people: what jobs are made of.
-    app.command("supervise", hidden=True)(as_command(supervise.supervise))
     app.command("agent", hidden=True)(as_command(agent.agent))
     return app
 
