@@ -83,7 +83,7 @@ def read_place(environ: Mapping[str, str]) -> AgentPlace:
 
 
 class Agent:
-    """One agent. `say` gets lines about what goes wrong; `patience_s` is for finding the head."""
+    """One agent. `say` gets lines about what goes wrong; `patience_s` is for finding the head; `ranks` starts what it is told."""
 
     def __init__(
         self,
@@ -93,7 +93,9 @@ class Agent:
         num_cores: int,
         say: Callable[[str], None],
         patience_s: float = 20.0,
+        ranks: type[AgentRanks] = AgentRanks,
     ) -> None:
+        self._ranks_class = ranks
         self._place = place
         self._environ = environ
         self._num_cores = num_cores
@@ -118,7 +120,7 @@ class Agent:
         self._code: asyncio.Future[int] = loop.create_future()
         self._connection: Connection | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._ranks = AgentRanks(
+        self._ranks = self._ranks_class(
             environ=self._environ,
             num_cores=self._num_cores,
             lines=self._lines,

@@ -85,10 +85,9 @@ class AgentRanks:
         environ = rank_environ(self._environ, order, host=host, num_cores=self._num_cores)
         blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
         try:
-            ends = [self._start(place, rank, order, environ) for place, rank in enumerate(order.ranks)]
+            return self._start_all(order, environ)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)
-        return [end for end in ends if end is not None]
 
     def signal(self, number: int) -> None:
         """Passes a signal on to all ranks; one that asks them to stop only once, however many ways it comes."""
@@ -140,6 +139,11 @@ class AgentRanks:
         if self._logs is not None:
             self._logs.end(_LOG_END_S)
 
+    def _start_all(self, order: Start, environ: Mapping[str, str]) -> list[Ended]:
+        """Called with the stop signals blocked."""
+        ends = [self._start(place, rank, order, environ) for place, rank in enumerate(order.ranks)]
+        return [end for end in ends if end is not None]
+
     def _start(self, place: int, rank: int, order: Start, environ: Mapping[str, str]) -> Ended | None:
         read, write = os.pipe()
         try:
@@ -154,18 +158,22 @@ class AgentRanks:
             )
         except (OSError, ValueError) as error:
             os.close(read)
-            return _not_started(rank, order, error)
+            return not_started(rank, order, error)
         finally:
             os.close(write)
+        self._stand_by(child, read, order)
+        return None
+
+    def _stand_by(self, child: ChildRank, read: int, order: Start) -> None:
+        """Takes a rank that has been started, which prints into the pipe that ends in `read`."""
         os.set_blocking(read, False)
-        log = CappedLog(Path(order.directory) / f"rank-{rank}.log", max_bytes=order.max_log_bytes)
+        log = CappedLog(Path(order.directory) / f"rank-{child.number}.log", max_bytes=order.max_log_bytes)
         assert self._logs is not None
         self._logs.write(log, b"")  # so that it is there
         started = _Rank(child=child, log=log, pipe=read)
         self._ranks.append(started)
         self._all_ended.clear()
         asyncio.get_running_loop().add_reader(read, self._on_output, started)
-        return None
 
     def _on_output(self, rank: _Rank) -> None:
         self._read(rank)
@@ -243,7 +251,8 @@ def rank_environ(environ: Mapping[str, str], order: Start, *, host: str, num_cor
     }
 
 
-def _not_started(rank: int, order: Start, error: OSError | ValueError) -> Ended:
+def not_started(rank: int, order: Start, error: OSError | ValueError) -> Ended:
+    """The end of a rank whose command could not be executed."""
     reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
     message = f"{order.command[0]} cannot be started in {order.working_directory} ({reason}): do all hosts see it?"
     record = FailureRecord(at=time.time(), message=message, exit_code=EXIT_NOT_STARTED, traceback="")
