@@ -115,7 +115,7 @@ class Story:
         """The supervisor sees a failure."""
         self.passes(after_s, "restarts")
         self.held_up_s = 0.0
-        self.event("failure", attempt=self.attempt, message="rank 1 on n2 died", **{"kind": "signal", **details})
+        self.event("failure", attempt=self.attempt, **{"kind": "signal", "message": "rank 1 on n2 died", **details})
 
     def ends(self, *, waits_s: float = 0.4, finishing_s: float = 6.0) -> None:
         """The last step is saved, export and samples are made."""
