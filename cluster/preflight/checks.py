@@ -220,21 +220,28 @@ def network_findings(networks: Mapping[int, Mapping[str, Any]], hosts: Hosts) ->
 
 
 def fabric_findings(findings: Sequence[Finding], hosts: Hosts) -> list[PreflightFinding]:
-    """Those of a diagnosis. A congested uplink is a warning: it may be as wide as it was built, or others' traffic."""
+    """Those of a diagnosis. A congested uplink is a warning: it may be as wide as it was built, or others' traffic.
+
+    A host is slow beside others, so more than half of them are not: the surest findings leave hosts out, up to that.
+    """
     excluded = hosts_to_exclude(findings)
+    known = dict.fromkeys(hosts.values())
+    most = max(len(known) // 2, 1)
     told = []
+    left_out: set[str] = set()
     for finding in findings:
         # Ranks of one host alone are endpoints with names of their own there.
-        names = {name: hosts.get(rank, name) for name, rank in zip(finding.hosts, finding.ranks)}
-        bad = [names.get(name, name) for name in finding.hosts if name in excluded]
-        several = len(set(hosts.values())) > 1
+        named = finding.hosts if len(known) > 1 else tuple(known)
+        bad = [name for name in named if name in excluded]
+        bad = list(without_all(bad, hosts)) if len(left_out | set(bad)) <= most or not left_out else []
+        left_out |= set(bad)
         told.append(
             PreflightFinding(
                 kind=finding.kind,
                 severity="warning" if finding.kind == "congested_uplink" else "error",
-                hosts=tuple(dict.fromkeys(names.get(name, name) for name in finding.hosts)),
+                hosts=named,
                 ranks=finding.ranks,
-                bad_hosts=without_all(bad, hosts) if several else (),
+                bad_hosts=tuple(bad),
                 sentence=finding.sentence,
                 evidence={**finding.evidence, "confidence": finding.confidence},
             )

@@ -187,6 +187,16 @@ def test_a_fault_that_names_all_hosts_leaves_none_out() -> None:
     assert (finding.bad_hosts, finding.severity) == ((), "error")
 
 
+def test_no_more_than_half_of_the_hosts_are_left_out_for_being_slow_the_surest_first() -> None:
+    slow = [found("slow_link", "n2"), found("slow_receiver", "n1"), found("slow_receiver", "n3")]
+    assert [finding.bad_hosts for finding in fabric_findings(slow, FOUR)] == [("n2",), ("n1",), ()]
+    assert [finding.bad_hosts for finding in fabric_findings([found("slow_host", "n1")], {0: "n0", 1: "n1"})] == [
+        ("n1",)
+    ]
+    gone = [found("missing_rank", "n0", "n1", "n2")]
+    assert fabric_findings(gone, FOUR)[0].bad_hosts == ("n0", "n1", "n2")
+
+
 def test_ranks_that_stand_for_hosts_on_one_host_are_told_as_that_host() -> None:
     finding = the_one(fabric_findings([found("slow_link", "n1:1")], {0: "gpu", 1: "gpu"}))
     assert (finding.hosts, finding.bad_hosts) == (("gpu",), ())
