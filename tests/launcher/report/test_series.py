@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def test_of_many_balances_some_are_kept() -> None:
     series = filled(*({"step": step, "loss": 1.0, "expert_counts": [[1, 2]]} for step in range(1, 20_001)))
     steps = [step for step, _ in series.balances]
     assert 256 <= len(steps) <= 1024
-    assert len({later - earlier for earlier, later in zip(steps, steps[1:])}) == 1
+    assert len({later - earlier for earlier, later in pairwise(steps)}) == 1
     assert steps[-1] > 19_900
 
 
