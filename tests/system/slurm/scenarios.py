@@ -1,0 +1,221 @@
+"""Faults of a launched run, each injected into real processes, daemons, links and disks."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.system.slurm.cluster import SlurmOfHosts
+from tests.system.slurm.launched import EVERY_STEPS, LaunchedRun
+
+_FAULT_STEP = 2 * EVERY_STEPS + 3
+_STOPPED_SECONDS = 1.0
+"""So long one rank stands still before the others are all in a collective, waiting for it."""
+
+_SLOW_MBIT = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One kind of fault, and what the run may show of it afterwards."""
+
+    inject: Callable[[LaunchedRun], float]
+    """Waits for its moment, then does the harm, and mends what only a person could mend. Returns when the harm was done, in
+    seconds since 1970."""
+    failures: Sequence[str] = ()
+    """Kinds of `failure` events of which the first must be one; none: the run must not fail at all."""
+    host_in_cause: bool = False
+    """Whether the first failure must name the host that was harmed."""
+    settings: tuple[str, ...] = ()
+    small_disk: bool = False
+    """The run is written to a disk of its own, which can be filled."""
+    restarts: range = range(1, 2)
+
+
+def _kill_rank_in_a_step(run: LaunchedRun) -> float:
+    run.wait_for_step(_FAULT_STEP)
+    harmed = time.time()
+    run.ranks()[2].kill()
+    return harmed
+
+
+def _kill_rank_in_a_collective(run: LaunchedRun) -> float:
+    run.wait_for_step(_FAULT_STEP)
+    ranks = run.ranks()
+    ranks[1].suspend()
+    time.sleep(_STOPPED_SECONDS)  # a part of the fault: meanwhile all others come into the collective
+    harmed = time.time()
+    ranks[2].kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        ranks[1].resume()
+    return harmed
+
+
+def _kill_rank_in_a_save(run: LaunchedRun) -> float:
+    run.wait_for_step(EVERY_STEPS + 1)
+    ranks = run.ranks()
+    run.wait_until(lambda: any(run.directory.checkpoints.glob(".partial-*")), what="a save")
+    harmed = time.time()
+    ranks[0].kill()
+    return harmed
+
+
+def _kill_agent(run: LaunchedRun) -> float:
+    run.wait_for_step(_FAULT_STEP)
+    harmed = time.time()
+    run.agents()[_host(run, 2)].kill()
+    return harmed
+
+
+def _lose_host(run: LaunchedRun) -> float:
+    run.wait_for_step(_FAULT_STEP)
+    harmed = time.time()
+    run.cluster.kill_host(_host(run, 2))
+    return harmed
+
+
+def _lose_rendezvous_host(run: LaunchedRun) -> float:
+    """The first host has rank 0, at which all others meet, and the supervisor."""
+    run.wait_for_step(_FAULT_STEP)
+    harmed = time.time()
+    run.cluster.kill_host(_host(run, 0))
+    return harmed
+
+
+def _stop_rank(run: LaunchedRun) -> float:
+    run.wait_for_step(_FAULT_STEP)
+    harmed = time.time()
+    run.ranks()[1].suspend()
+    return harmed
+
+
+def _link_down(seconds: float) -> Callable[[LaunchedRun], float]:
+    def inject(run: LaunchedRun) -> float:
+        run.wait_for_step(_FAULT_STEP)
+        host = _host(run, 2)
+        harmed = time.time()
+        run.cluster.link_down(host)
+        time.sleep(seconds)  # the fault itself
+        run.cluster.link_up(host)
+        return harmed
+
+    return inject
+
+
+def _preempt(run: LaunchedRun) -> float:
+    run.wait_for_step(_FAULT_STEP)
+    others = ["--partition=high", f"--nodes={len(run.cluster.names)}", "--exclusive", "--time=1"]
+    job = run.cluster.submit("sleep", "1", options=others)
+    harmed = time.time()
+    run.cluster.wait_for(job, ("COMPLETED", "FAILED"), 90)
+    return harmed
+
+
+def _reach_time_limit(run: LaunchedRun) -> float:
+    """SLURM knows no limit below a minute: a slow network makes the steps last until the signal comes."""
+    for name in run.cluster.names:
+        run.cluster.set_rate(name, _SLOW_MBIT)
+    run.wait_until(lambda: bool(run.events("stop_asked")), what="the time limit's signal")
+    harmed = time.time()
+    for name in run.cluster.names:
+        run.cluster.set_rate(name)
+    return harmed
+
+
+def _requeue(run: LaunchedRun) -> float:
+    run.wait_for_step(_FAULT_STEP)
+    record = run.folder.read_record()
+    assert record is not None
+    assert record.job_id is not None
+    harmed = time.time()
+    run.cluster.run("scontrol", "requeue", record.job_id)
+    return harmed
+
+
+def _fill_disk(run: LaunchedRun) -> float:
+    """Not a byte is left, for the run's records neither, until the ranks have failed."""
+    run.wait_for_step(EVERY_STEPS + 1)
+    ranks = run.ranks()
+    ballast = run.directory.root.parent / "ballast"
+    harmed = time.time()
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+    _, alive = psutil.wait_procs(ranks.values(), timeout=60)
+    ballast.unlink()
+    assert not alive, run.account()
+    return harmed
+
+
+def _corrupt_newest_checkpoint(run: LaunchedRun) -> float:
+    run.wait_for_step(_FAULT_STEP)
+    run.wait_until(lambda: run.directory.checkpoints.joinpath(f"step-{2 * EVERY_STEPS:08d}").is_dir(), what="a save")
+    ranks = run.ranks()
+    newest = max(run.directory.checkpoints.glob("step-*"))
+    largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    with largest.open("r+b") as file:
+        file.seek(largest.stat().st_size // 2)
+        file.write(b"harmed")
+    harmed = time.time()
+    ranks[3].kill()
+    return harmed
+
+
+def _host(run: LaunchedRun, rank: int) -> str:
+    state = run.state()
+    assert state is not None
+    return state.hosts[rank]
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "rank killed in a step": Scenario(inject=_kill_rank_in_a_step, failures=("signal",), host_in_cause=True),
+    "rank killed in a collective": Scenario(
+        inject=_kill_rank_in_a_collective, failures=("signal",), host_in_cause=True
+    ),
+    "rank killed in a save": Scenario(inject=_kill_rank_in_a_save, failures=("signal",), host_in_cause=True),
+    "agent killed": Scenario(inject=_kill_agent, failures=("host_lost",), host_in_cause=True),
+    "host lost": Scenario(inject=_lose_host, failures=("host_lost",), host_in_cause=True, settings=("slurm.nodes=5",)),
+    "rendezvous host lost": Scenario(inject=_lose_rendezvous_host),
+    "rank stopped": Scenario(inject=_stop_rank, failures=("hang",), host_in_cause=True),
+    "link down for 5 s": Scenario(inject=_link_down(5.0), failures=("hang", "host_lost"), restarts=range(2)),
+    "link down for 60 s": Scenario(inject=_link_down(60.0), failures=("hang", "host_lost"), restarts=range(1, 4)),
+    "preemption": Scenario(inject=_preempt),
+    "time limit": Scenario(inject=_reach_time_limit, settings=("slurm.time=1", "slurm.signal_seconds=35")),
+    "requeue by the admin": Scenario(inject=_requeue),
+    "disk full in a save": Scenario(
+        inject=_fill_disk, failures=("exception", "exit"), small_disk=True, restarts=range(1, 3)
+    ),
+    "newest checkpoint corrupt": Scenario(inject=_corrupt_newest_checkpoint, failures=("signal",), host_in_cause=True),
+}
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, *, megabytes: int = 48) -> Iterator[Path]:
+    """A file system of its own at `path`. Must be there before the hosts are: they see what was mounted then."""
+    path.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path)], check=True, timeout=30)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True, timeout=30)
+
+
+def mend(cluster: SlurmOfHosts) -> None:
+    """All hosts in good order again, whatever a scenario has done to them."""
+    for name in cluster.names:
+        cluster.link_up(name)
+        cluster.set_rate(name)
+        if not any(process.name() == "slurmd" for process in cluster.processes(name)):
+            cluster.revive_host(name)
+        for process in cluster.processes(name):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+    for name in cluster.names:
+        cluster.wait_for_node(name, "IDLE", 60)
