@@ -128,7 +128,7 @@ def _judge(facts: RunFacts, queue: Mapping[str, QueuedJob] | None, now: float) -
         return _Verdict(state=state.state, cause=state.cause)
     job = _job_of(facts, queue)
     if job is not None:
-        waiting: JobState = "restarting" if state.attempt else "queued"
+        waiting: JobState = "queued" if state.state == "queued" or not state.attempt else "restarting"
         return _Verdict(
             state=waiting if job.waits else "running", cause=state.cause, queue_reason=job.reason if job.waits else None
         )

@@ -176,9 +176,10 @@ def test_of_a_silent_supervisor_the_queue_may_know(run: MadeRun) -> None:
 def test_a_job_that_was_queued_again_waits(run: MadeRun) -> None:
     run.launched(ago=5000)
     run.supervised("queued", ago=300)
-    assert seen(run, PENDING).state == "restarting"
+    assert seen(run, PENDING).state == "queued"
     assert seen(run, None).state == "queued"
-    run.supervised("queued", ago=300, attempt=0)
+    assert seen(run, RUNNING).state == "running"
+    run.supervised("running", ago=300, attempt=0)
     assert seen(run, PENDING).state == "queued"
 
 
