@@ -157,5 +157,5 @@ def environ_for_sbatch(environ: Mapping[str, str], directives: Mapping[str, str]
 
 def directives_of(script: str) -> dict[str, str]:
     """The long options of a batch script's #SBATCH lines."""
-    found = re.findall(r"^#SBATCH\s+--([\w-]+)(?:[=\s](.*))?$", script, re.MULTILINE)
+    found = re.findall(r"^#SBATCH[ \t]+--([\w-]+)(?:[= \t](.*))?$", script, re.MULTILINE)
     return dict(found)

@@ -83,8 +83,8 @@ def _render(text: str, variables: Mapping[str, Any], what: str) -> str:
         raise ConfigError(f"{what}: {error.message}; what a template may name: {known}") from error
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"{what}, line {error.lineno}: {error.message}") from error
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ConfigError(f"{what}: {error}") from error
+    except Exception as error:  # what a template computes may fail in any way
+        raise ConfigError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _check_values(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from launcher.cli import build_app
+from tests.launcher.jobs.fake_slurm import FakeSlurm
 
 _CONFIG = """
 [run]
@@ -102,3 +103,9 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     config = tmp_path / "tiny.toml"
     config.write_text(_CONFIG)
     return config
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """Only these programs of SLURM are there."""
+    return FakeSlurm(tmp_path / "slurm", monkeypatch)

@@ -46,19 +46,18 @@ class SlurmStep:
         waited for longer than seconds."""
         if self._process.poll() is not None:
             return
-        asking = asyncio.ensure_future(self._signal("TERM"))
-        await asyncio.wait((asking, waiting := asyncio.ensure_future(self.wait())), timeout=_ASK_SECONDS)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(waiting), _ASK_SECONDS)
-        if self._process.poll() is None:
-            killing = asyncio.ensure_future(self._signal("KILL"))
+        waiting = asyncio.ensure_future(self.wait())
+        telling = [asyncio.ensure_future(self._signal("TERM"))]
+        await asyncio.wait((waiting,), timeout=_ASK_SECONDS)
+        if not waiting.done():
+            telling.append(asyncio.ensure_future(self._signal("KILL")))
             # Not its process group: there srun keeps a process that has SLURM kill the step when srun itself is killed.
             self._process.kill()
             await waiting
-            await asyncio.wait((killing,), timeout=_KILL_SECONDS)
-            killing.cancel()
-        asking.cancel()
-        await asyncio.gather(asking, waiting, return_exceptions=True)
+            await asyncio.wait(telling, timeout=_KILL_SECONDS)
+        for task in telling:
+            task.cancel()
+        await asyncio.gather(*telling, return_exceptions=True)
 
     async def _signal(self, name: str) -> None:
         with contextlib.suppress(RunError):  # srun's own end sees to it
