@@ -13,6 +13,11 @@ def agent(out: Output) -> int:
 
     from cluster.hardware import num_usable_cores
     from launcher.jobs.agent import Agent, read_place
+    from launcher.jobs.agent_ranks import AgentRanks
+    from launcher.jobs.torchrun.order import RANKS_BY
+    from launcher.jobs.torchrun.ranks import TorchrunRanks
 
     place = read_place(os.environ)
-    return asyncio.run(Agent(place, environ=os.environ, num_cores=num_usable_cores(), say=out.warn).run())
+    ranks = TorchrunRanks if os.environ.get(RANKS_BY) == "torchrun" else AgentRanks
+    agent = Agent(place, environ=os.environ, num_cores=num_usable_cores(), say=out.warn, ranks=ranks)
+    return asyncio.run(agent.run())
