@@ -223,8 +223,10 @@ class Timeline:
         self.history.end(at, str(event.get("message") or "stopped"))
 
     def _on_finished(self, at: int, event: Record) -> None:
+        """Of the first rank; a supervisor then waits for the others."""
         if self._phase == "finishing":
-            self._on_done(at, event)
+            self._until(at)
+            self.history.end(at, "finished")
 
     def _on_failure(self, at: int, event: Record) -> None:
         if self._phase == "steps" and not self._losing:
