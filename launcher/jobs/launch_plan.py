@@ -187,10 +187,7 @@ def _doubts(config: RunConfig, backend: BackendName) -> Iterator[str]:
 
 
 def _problem(plan: LaunchPlan, key: str, value: object, explanation: str) -> str:
-    origins = plan.loaded.origins
-    parts = key.split(".")
-    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-    source = next((origins[prefix] for prefix in prefixes if prefix in origins), "defaults")
+    source = plan.loaded.origins.get(key, "defaults")
     return f"{source}: {key} = {value_to_toml(value)}: {explanation}"
 
 
