@@ -37,9 +37,10 @@ StopReason = Literal["cancel", "preemption", "time_limit", "signal"]
 _CONTINUE = "the same command continues"
 
 
-async def supervise(job: Job) -> JobEnd:
-    """Runs the job to its end; returns how it ended. Hears stop signals: to be run in the main thread, by the process that
-    holds the run's lock. Nothing of the job runs any more when it returns or raises, as far as hosts can be reached."""
+async def supervise(job: Job, *, stop: StopAsked | None = None) -> JobEnd:
+    """Runs the job to its end; returns how it ended. Hears stop signals, where nobody else does (`stop`): to be run in the
+    main thread, by the process that holds the run's lock. Nothing of the job runs any more when it returns or raises, as far
+    as hosts can be reached."""
     earlier = await asyncio.to_thread(job.folder.read_state)
     newest = await asyncio.to_thread(newest_checkpoint, job.run)
     state = SupervisorState(
@@ -56,7 +57,8 @@ async def supervise(job: Job) -> JobEnd:
         excluded_hosts={} if earlier is None else earlier.excluded_hosts,
     )
     journal = Journal(job.run, state, say=job.say)
-    with contextlib.closing(journal), StopAsked(job.say) as stop:
+    hearing = StopAsked(job.say) if stop is None else contextlib.nullcontext(stop)
+    with contextlib.closing(journal), hearing as stop:
         alive = asyncio.ensure_future(journal.keep_alive())
         try:
             async with Head(token=secrets.token_hex(16), silence_s=job.launch.lost_host_seconds, say=job.say) as head:
