@@ -73,12 +73,15 @@ class AttemptRun:
                     output=self._output,
                 )
             )
-            return await self._gather(attempt, agents) or await self._train(attempt, agents)
-        finally:
+            end = await self._gather(attempt, agents) or await self._train(attempt, agents)
             await attempt.release()
-            if agents is not None:
+            if end.failure is None or not end.failure.lost_hosts:  # else some never hear that they are sent home
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(agents.wait(), self._job.patience.starter)
+                    await asyncio.wait_for(agents.wait(), self._job.patience.released)
+            return end
+        finally:
+            attempt.abandon()
+            if agents is not None:
                 await agents.end()
 
     async def _gather(self, attempt: Attempt, agents: Agents) -> AttemptEnd | None:

@@ -51,9 +51,9 @@ class LaunchConfig(BaseModel):
     """How long all hosts may take to appear in an attempt. Who has not appeared is named, and left out where possible."""
     lost_host_seconds: float = Field(default=15.0, gt=1.0)
     """Silence after which a host counts as lost. Its ranks end by themselves after the same time without a word of the head."""
-    end_hangs_after_seconds: float | None = Field(default=10.0, gt=0.0)
+    end_hangs_after_seconds: float = Field(default=10.0, gt=0.0)
     """How long the run may make no step after the watch has named a hang, before the attempt is ended and another one
-    started. Left out: hangs are only told."""
+    started; eight times as long where the rank that is missed works. `inf`: hangs are only told."""
     save_seconds: float = Field(default=60.0, gt=0.0)
     """How long ranks may take to save and end once asked to stop, before they are killed."""
     wait_for_hosts_seconds: float = Field(default=300.0, ge=0.0)

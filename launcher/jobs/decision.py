@@ -65,10 +65,9 @@ def decide(
             restarts=False, cause=failure.message, attempts_without_progress=count, exit_code=failure.exit_code
         )
     if count >= launch.max_attempts_without_progress:
-        attempts = "1 attempt" if count == 1 else f"{count} attempts in a row"
         return Decision(
             restarts=False,
-            cause=f"{failure.message}; {attempts} without a new checkpoint",
+            cause=without_progress(failure.message, count),
             attempts_without_progress=count,
             exclude=exclude,
         )
@@ -79,6 +78,12 @@ def decide(
         exclude=exclude,
         delay_s=restart_delay(launch, count),
     )
+
+
+def without_progress(cause: str, count: int) -> str:
+    """The cause of a job that ends because attempts brought nothing; `cause` is that of the last one."""
+    attempts = "1 attempt" if count == 1 else f"{count} attempts in a row"
+    return f"{cause}; {attempts} without a new checkpoint"
 
 
 def restart_delay(launch: LaunchConfig, attempts_without_progress: int) -> float:

@@ -28,7 +28,9 @@ class Patience:
     done: float = 20.0
     """After rank 0 has done all: for the other ranks to end too."""
     starter: float = 5.0
-    """For the starter to end once its agents have; and for agents to be missed once their starter has ended."""
+    """For agents to be missed once the program that started them has ended."""
+    released: float = 2.0
+    """For that program to end once its agents have been sent home."""
     signal: float = 2.0
     """Where ranks have stopped that nobody here has asked to: for the signal to come here too."""
     look: float = 0.5

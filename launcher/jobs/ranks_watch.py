@@ -61,7 +61,7 @@ class RanksWatch:
         self._output = output
         self._verdict = verdict
         self._began = time.time()
-        self._hangs = HangTail(job.run, patience_s=job.launch.end_hangs_after_seconds or math.inf)
+        self._hangs = HangTail(job.run, patience_s=job.launch.end_hangs_after_seconds)
         self._news: asyncio.Queue[_News] = asyncio.Queue()
         self._open = set(range(num_ranks))
         self._ended: dict[int, RankEnded] = {}
@@ -222,13 +222,12 @@ class RanksWatch:
 
     def _tell_late_failures(self) -> None:
         """Ranks that did not end well after rank 0 had done all. Nothing is lost with them."""
-        failed = failures(self._ended.values())
-        if stuck := sorted(end.rank for end in failed if end.ended_by_us):
+        if stuck := sorted(end.rank for end in self._ended.values() if end.ended_by_us):
             seconds = self._job.patience.done
             self._job.say(
                 f"{ranks_text(stuck)} had not ended {seconds:g} s after rank 0 was done, and had to be ended; nothing is lost"
             )
-        for end in failed:
+        for end in failures(self._ended.values()):
             if explains_itself(end):
                 self._job.say(
                     f"rank {end.rank} on {end.host}{how_it_ended(end)}, after rank 0 was done; nothing is lost"

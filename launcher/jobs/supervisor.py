@@ -16,13 +16,14 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 from launcher.config import load_run_config
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.attempt_end import AttemptEnd, Failure
 from launcher.jobs.attempt_run import AttemptRun, not_begun
-from launcher.jobs.decision import decide
+from launcher.jobs.decision import decide, without_progress
 from launcher.jobs.head import Head
 from launcher.jobs.host_choice import choose_hosts
 from launcher.jobs.job import Job, JobEnd
@@ -41,21 +42,7 @@ async def supervise(job: Job, *, stop: StopAsked | None = None) -> JobEnd:
     """Runs the job to its end; returns how it ended. Hears stop signals, where nobody else does (`stop`): to be run in the
     main thread, by the process that holds the run's lock. Nothing of the job runs any more when it returns or raises, as far
     as hosts can be reached."""
-    earlier = await asyncio.to_thread(job.folder.read_state)
-    newest = await asyncio.to_thread(newest_checkpoint, job.run)
-    state = SupervisorState(
-        state="running" if earlier is None or earlier.attempt == 0 else "restarting",
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        updated=time.time(),
-        attempt=0 if earlier is None else earlier.attempt,
-        restarts=0 if earlier is None else earlier.restarts,
-        requeues=0 if earlier is None else earlier.requeues,
-        attempts_without_progress=0 if earlier is None else earlier.attempts_without_progress,
-        last_checkpoint=newest,
-        cause=None if earlier is None else earlier.cause,
-        excluded_hosts={} if earlier is None else earlier.excluded_hosts,
-    )
+    state = await asyncio.to_thread(_first_state, job)
     journal = Journal(job.run, state, say=job.say)
     hearing = StopAsked(job.say) if stop is None else contextlib.nullcontext(stop)
     with contextlib.closing(journal), hearing as stop:
@@ -69,6 +56,27 @@ async def supervise(job: Job, *, stop: StopAsked | None = None) -> JobEnd:
         finally:
             alive.cancel()
             await asyncio.gather(alive, return_exceptions=True)
+
+
+def _first_state(job: Job) -> SupervisorState:
+    """What is known at this start of the job: at the first nothing, later what an earlier supervisor has left."""
+    newest = newest_checkpoint(job.run)
+    now: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "updated": time.time(),
+        "last_checkpoint": newest,
+    }
+    earlier = job.folder.read_state()
+    if earlier is None or earlier.attempt == 0:
+        return SupervisorState(state="running", **now)
+    count, cause = earlier.attempts_without_progress, earlier.cause
+    if earlier.hosts:  # it has not seen the end of its last attempt
+        count += 1
+        cause = f"the supervisor of attempt {earlier.attempt} was lost, on host {earlier.host}"
+    if newest > earlier.last_checkpoint:
+        count = 0
+    return replace(earlier, **now, state="restarting", hosts=(), attempts_without_progress=count, cause=cause)
 
 
 class _Supervisor:
@@ -91,6 +99,8 @@ class _Supervisor:
     async def run(self) -> JobEnd:
         """Attempt after attempt."""
         await self._begin()
+        if self._state.attempts_without_progress >= self._job.launch.max_attempts_without_progress:
+            return await self._give_up(without_progress(self._state.cause or "", self._state.attempts_without_progress))
         stop_reason = asyncio.ensure_future(self._tell_stop())
         try:
             while True:
@@ -242,7 +252,7 @@ class _Supervisor:
         await self._stop.sleep(decision.delay_s)
         return None
 
-    async def _give_up(self, cause: str, exit_code: int, log: str = "") -> JobEnd:
+    async def _give_up(self, cause: str, exit_code: int = 1, log: str = "") -> JobEnd:
         await self._journal.event("give_up", cause=cause)
         await self._journal.update(state="failed", cause=cause)
         self._job.say(f"giving up: {cause}{log}")

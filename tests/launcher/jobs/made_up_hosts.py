@@ -101,10 +101,9 @@ steps = 4
 global_batch_size = 12
 compile = "off"
 [launch]
-restart_delay_seconds = 0.0
-preflight.enabled = false
 {launch}
 """
+_LAUNCH = ("restart_delay_seconds = 0.0", "preflight.enabled = false")
 
 
 class MadeUpHosts:
@@ -112,7 +111,7 @@ class MadeUpHosts:
 
     name = "local"
 
-    def __init__(self, hosts: Sequence[str], environ: dict[str, str], *, ranks_per_host: int = 1) -> None:
+    def __init__(self, hosts: Sequence[str], environ: dict[str, str]) -> None:
         self.there = list(hosts)
         self.absent: set[str] = set()
         """Hosts that are there, as it seems, and from which no agent comes."""
@@ -122,9 +121,9 @@ class MadeUpHosts:
         self.preempted = False
         self.starts: list[tuple[str, ...]] = []
         self.agents: dict[str, Starter] = {}
+        """The last one of each host, in the last start."""
         self.before_start: Callable[[int], None] = lambda number: None
         self._environ = environ
-        self._ranks_per_host = ranks_per_host
 
     async def hosts(self) -> Sequence[str]:
         return tuple(self.there)
@@ -133,16 +132,18 @@ class MadeUpHosts:
         self.starts.append(tuple(start.hosts))
         self.before_start(len(self.starts))
         self.agents = {}
+        starters = []
         for host in start.hosts:
-            if host not in self.absent:
-                environ = {**os.environ, **self._environ, HOST_NAME: host, **start.environ}
-                self.agents[host] = Starter.start((sys.executable, "-c", _AGENT), environ=environ, output=start.output)
-        if self.absent:
-            # Then the time for the others to come does not matter.
-            marks = [Path(self._environ["TEST_RUN"], f"came-{host}-{start.environ[ATTEMPT]}") for host in self.agents]
-            while not all(mark.exists() for mark in marks):
-                await asyncio.sleep(0.01)
-        return _All(list(self.agents.values()), self.absent)
+            for index in range(start.agents_per_host if host not in self.absent else 0):
+                environ = {**os.environ, **self._environ, HOST_NAME: host, "PMI_RANK": str(index), **start.environ}
+                starter = Starter.start((sys.executable, "-c", _AGENT), environ=environ, output=start.output)
+                starters.append(starter)
+                self.agents[host] = starter
+        # So the time that a job gives its hosts to come is only for those that do not.
+        marks = [Path(self._environ["TEST_RUN"], f"came-{host}-{start.environ[ATTEMPT]}") for host in self.agents]
+        while not all(mark.exists() for mark in marks):
+            await asyncio.sleep(0.01)
+        return _All(starters, self.absent)
 
     async def requeue(self, *, without: Sequence[str], reason: str) -> bool:
         self.requeues.append({"without": tuple(without), "reason": reason})
@@ -175,14 +176,23 @@ class MadeUpJob:
         self.run = RunDirectory(self.root)
         self.folder = JobFolder(self.run)
         self.folder.root.mkdir(parents=True)
-        self.folder.config.write_text(_CONFIG.format(directory=tmp_path, launch=launch))
+        unset = [line for line in _LAUNCH if line.partition(" ")[0] not in launch]
+        self.folder.config.write_text(_CONFIG.format(directory=tmp_path, launch="\n".join([*unset, launch])))
         self.backend = MadeUpHosts(hosts, {"TEST_RUN": str(self.root), "OMP_NUM_THREADS": "1"})
         self.said: list[str] = []
         self.shown: list[str] = []
         self.ranks_per_host = ranks_per_host
         self.script = _PREAMBLE + textwrap.dedent(script)
         self.patience = Patience(
-            own_end=TIMEOUT, known_cause=0.0, terminated=0.0, done=0.0, starter=5.0, signal=0.0, look=0.02, hosts=0.02
+            own_end=TIMEOUT,
+            known_cause=0.0,
+            terminated=0.0,
+            done=TIMEOUT,
+            starter=TIMEOUT,
+            released=5.0,
+            signal=0.0,
+            look=0.02,
+            hosts=0.02,
         )
 
     def job(self) -> Job:

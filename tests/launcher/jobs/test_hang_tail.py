@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.fabric.findings import Finding, Kind
+from launcher.jobs.config import LaunchConfig
 from launcher.jobs.hang_tail import HangTail, watched_ranks
 from megamodel.train.run_directory import RunDirectory
 
@@ -80,6 +81,18 @@ def test_what_only_slows_the_run_is_no_hang(run: RunDirectory, clock: _Clock, ki
     _tell(run, kind)
     assert tail.look() is None
     clock.now += 100.0
+    assert tail.look() is None
+
+
+def test_with_endless_patience_hangs_are_only_told(run: RunDirectory, clock: _Clock) -> None:
+    tail = HangTail(
+        run,
+        patience_s=LaunchConfig.model_validate({"end_hangs_after_seconds": "inf"}).end_hangs_after_seconds,
+        clock=clock,
+    )
+    _tell(run, "missing_rank")
+    assert tail.look() is None
+    clock.now += 1e9
     assert tail.look() is None
 
 

@@ -179,7 +179,7 @@ def test_a_silent_host_is_lost_and_left_out_where_others_are_enough(tmp_path: Pa
         tmp_path,
         ["a", "b"],
         "if attempt == 1:\n    mark('training')\n    hang()",
-        launch="nodes = 2\nmin_nodes = 1\nlost_host_seconds = 4.0",
+        launch="nodes = 2\nmin_nodes = 1\nlost_host_seconds = 3.0",
     )
 
     async def stop_agent() -> None:
@@ -189,7 +189,7 @@ def test_a_silent_host_is_lost_and_left_out_where_others_are_enough(tmp_path: Pa
     assert job.supervise(stop_agent).exit_code == 0
     (failure,) = job.events("failure")
     assert failure["kind"] == "host_lost"
-    assert failure["message"].startswith("host b was lost: nothing heard for 4 s")
+    assert failure["message"].startswith("host b was lost: nothing heard for 3 s")
     assert job.backend.starts == [("a", "b"), ("a",)]
     assert not any(map(is_running, job.pids()))
 
