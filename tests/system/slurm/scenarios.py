@@ -37,6 +37,8 @@ class Scenario:
     small_disk: bool = False
     """The run is written to a disk of its own, which can be filled."""
     restarts: range = range(1, 2)
+    most_lost: int = EVERY_STEPS
+    """Steps. Who is killed in a save loses what was trained since the checkpoint before it."""
 
 
 def _kill_rank_in_a_step(run: LaunchedRun) -> float:
@@ -59,7 +61,7 @@ def _kill_rank_in_a_collective(run: LaunchedRun) -> float:
 
 
 def _kill_rank_in_a_save(run: LaunchedRun) -> float:
-    run.wait_for_step(EVERY_STEPS + 1)
+    run.wait_until(lambda: any(run.directory.checkpoints.glob("step-*")), what="the first checkpoint")
     ranks = run.ranks()
     run.wait_until(lambda: any(run.directory.checkpoints.glob(".partial-*")), what="a save")
     harmed = time.time()
@@ -179,7 +181,9 @@ SCENARIOS: dict[str, Scenario] = {
     "rank killed in a collective": Scenario(
         inject=_kill_rank_in_a_collective, failures=("signal",), host_in_cause=True
     ),
-    "rank killed in a save": Scenario(inject=_kill_rank_in_a_save, failures=("signal",), host_in_cause=True),
+    "rank killed in a save": Scenario(
+        inject=_kill_rank_in_a_save, failures=("signal",), host_in_cause=True, most_lost=2 * EVERY_STEPS
+    ),
     "agent killed": Scenario(inject=_kill_agent, failures=("host_lost",), host_in_cause=True),
     "host lost": Scenario(inject=_lose_host, failures=("host_lost",), host_in_cause=True, settings=("slurm.nodes=5",)),
     "rendezvous host lost": Scenario(inject=_lose_rendezvous_host),
@@ -190,9 +194,15 @@ SCENARIOS: dict[str, Scenario] = {
     "time limit": Scenario(inject=_reach_time_limit, settings=("slurm.time=1", "slurm.signal_seconds=35")),
     "requeue by the admin": Scenario(inject=_requeue),
     "disk full in a save": Scenario(
-        inject=_fill_disk, failures=("exception", "exit"), small_disk=True, restarts=range(1, 3)
+        inject=_fill_disk,
+        failures=("exception", "exit"),
+        small_disk=True,
+        restarts=range(1, 3),
+        most_lost=2 * EVERY_STEPS,
     ),
-    "newest checkpoint corrupt": Scenario(inject=_corrupt_newest_checkpoint, failures=("signal",), host_in_cause=True),
+    "newest checkpoint corrupt": Scenario(
+        inject=_corrupt_newest_checkpoint, failures=("signal",), host_in_cause=True, most_lost=2 * EVERY_STEPS
+    ),
 }
 
 

@@ -123,7 +123,7 @@ def test_after_a_fault_the_run_computes_the_same(
             assert first["host"] in (run.events("attempt")[0]["hosts"]), first
             assert first["host"] in first["message"] or f"rank {first['rank']}" in first["message"], first
     for lost in run.events("rollback"):
-        assert lost["lost_steps"] <= 2 * EVERY_STEPS if "corrupt" in name else lost["lost_steps"] <= EVERY_STEPS, lost
+        assert lost["lost_steps"] <= scenario.most_lost, lost
 
 
 def _run_of(scenario: Scenario, name: str, slurm: SlurmOfHosts, root: Path, disk: Path) -> LaunchedRun:
