@@ -27,7 +27,7 @@ from launcher.jobs.decision import decide, without_progress
 from launcher.jobs.head import Head
 from launcher.jobs.host_choice import choose_hosts
 from launcher.jobs.job import Job, JobEnd
-from launcher.jobs.job_record import SupervisorState
+from launcher.jobs.job_record import JobState, SupervisorState
 from launcher.jobs.journal import Journal
 from launcher.jobs.progress import newest_checkpoint
 from launcher.jobs.stop_asked import StopAsked
@@ -68,7 +68,7 @@ def _first_state(job: Job) -> SupervisorState:
         "last_checkpoint": newest,
     }
     earlier = job.folder.read_state()
-    if earlier is None or earlier.attempt == 0:
+    if earlier is None:
         return SupervisorState(state="running", **now)
     count, cause = earlier.attempts_without_progress, earlier.cause
     if earlier.hosts:  # it has not seen the end of its last attempt
@@ -76,7 +76,8 @@ def _first_state(job: Job) -> SupervisorState:
         cause = f"the supervisor of attempt {earlier.attempt} was lost, on host {earlier.host}"
     if newest > earlier.last_checkpoint:
         count = 0
-    return replace(earlier, **now, state="restarting", hosts=(), attempts_without_progress=count, cause=cause)
+    state: JobState = "restarting" if earlier.attempt else "running"
+    return replace(earlier, **now, state=state, hosts=(), attempts_without_progress=count, cause=cause)
 
 
 class _Supervisor:

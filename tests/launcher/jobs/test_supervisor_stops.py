@@ -227,6 +227,13 @@ def test_a_later_start_of_the_job_goes_on_counting_and_leaves_excluded_hosts_out
     assert state.excluded_hosts == {"a": "it is slow"}
 
 
+def test_a_job_that_was_queued_again_before_its_first_attempt_has_not_restarted(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["b"], "")
+    _left_by_an_earlier_start(job, attempt=0, restarts=0, attempts_without_progress=0)
+    assert job.supervise().exit_code == 0
+    assert (job.state().restarts, job.state().requeues, job.events("restart")) == (0, 2, [])
+
+
 def test_attempts_without_progress_are_counted_over_starts_of_the_job(tmp_path: Path) -> None:
     job = MadeUpJob(tmp_path, ["b"], "sys.exit(5)")
     _left_by_an_earlier_start(job, attempts_without_progress=2)
