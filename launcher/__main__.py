@@ -1,6 +1,10 @@
 """`python -m launcher` is `mega`."""
 
-from launcher.cli import main
+import sys
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["agent"]:
+        from launcher.verbs.agent import main
+    else:
+        from launcher.cli import main
     main()

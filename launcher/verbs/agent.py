@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 
+from launcher.errors import ConfigError, RunError
 from launcher.output import Output
 
 
@@ -13,11 +15,18 @@ def agent(out: Output) -> int:
 
     from cluster.hardware import num_usable_cores
     from launcher.jobs.agent import Agent, read_place
-    from launcher.jobs.agent_ranks import AgentRanks
-    from launcher.jobs.torchrun.order import RANKS_BY
-    from launcher.jobs.torchrun.ranks import TorchrunRanks
 
     place = read_place(os.environ)
-    ranks = TorchrunRanks if os.environ.get(RANKS_BY) == "torchrun" else AgentRanks
-    agent = Agent(place, environ=os.environ, num_cores=num_usable_cores(), say=out.warn, ranks=ranks)
-    return asyncio.run(agent.run())
+    return asyncio.run(Agent(place, environ=os.environ, num_cores=num_usable_cores(), say=out.warn).run())
+
+
+def main() -> None:
+    """The verb without the rest of the command line, which takes twice as long to load: from one file server, perhaps, to all
+    hosts at once."""
+    out = Output(as_json=False)
+    try:
+        code = agent(out)
+    except (ConfigError, RunError) as error:
+        out.warn(f"error: {error}")
+        code = error.exit_code
+    sys.exit(code)
