@@ -103,12 +103,14 @@ def test_no_value_is_a_command(tmp_path: Path) -> None:
     program = tmp_path / "python"
     program.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > said\n')
     program.chmod(0o755)
-    config = config_of(f"run.directory={odd}/runs", "slurm.partition=a'b; touch pwned #")
+    text = "a'b; touch pwned #"
+    keys = ("partition", "account", "qos", "constraint", "exclude", "mail_user", "mail_type")
+    config = config_of(f"run.directory={odd}/runs", *(f"slurm.{key}={text}" for key in keys))
     script = render_script(config, ranks_per_node=1, working_directory=odd)
     options = options_of(script)
     assert options["chdir"] == str(odd)
     assert options["output"] == f"{odd}/runs/run/launch/supervisor.log".replace("%", "%%")
-    assert options["partition"] == "a'b; touch pwned #"
+    assert [options[key.replace("_", "-")] for key in keys] == [text] * len(keys)
     (tmp_path / "job.sh").write_text(script.replace(shlex.quote(sys.executable), str(program)))
     subprocess.run(["bash", "job.sh"], cwd=tmp_path, check=True, timeout=30)
     assert (tmp_path / "said").read_text().splitlines() == ["-m", "launcher", "supervise", f"{odd}/runs/run"]
