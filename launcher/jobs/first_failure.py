@@ -145,10 +145,12 @@ def _of_rank(end: RankEnded, scene: Scene) -> Failure:
 
 def of_lost_host(lost: HostLost, scene: Scene) -> Failure:
     """A host whose agent is gone."""
+    seen = next((rank for rank in lost.ranks if scene.doing.get(rank)), None)
     return Failure(
         kind="host_lost",
-        message=f"host {lost.host} was lost: {lost.why}{scene.when(None)}",
+        message=f"host {lost.host} was lost: {lost.why}{scene.when(seen)}",
         host=lost.host,
+        last_collective=None if seen is None else scene.doing[seen],
         step=scene.step,
         lost_hosts=(lost.host,),
         are_missing=_fell_silent(lost),

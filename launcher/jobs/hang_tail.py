@@ -23,18 +23,25 @@ _STANDSTILL: frozenset[Kind] = frozenset({"missing_rank", "mismatched_collective
 # A rank that is missing because it works (a save, a validation, a compiler) may need so much longer; the watch waits for it
 # by the same factor.
 _WORKING_FACTOR = 8.0
+# The watch of the attempt before outlives its ranks by a few seconds, and may have the last word on them.
+_EARLIER_WATCH_SECONDS = 5.0
 
 
 class HangTail:
     """Follows the findings of one attempt; to be made before its ranks start, since what is there then is not of them."""
 
-    def __init__(self, run: RunDirectory, *, patience_s: float, clock: Callable[[], float] = time.time) -> None:
-        """`patience_s`: how long the run may stand still after a finding. `clock` gives seconds since 1970."""
+    def __init__(
+        self, run: RunDirectory, *, patience_s: float, hang_seconds: float, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`patience_s`: how long the run may stand still after a finding. `hang_seconds`: `fabric.hang_seconds` of the watch;
+        `clock` gives seconds since 1970."""
         self._run = run
         self._patience_s = patience_s
         self._clock = clock
         self._path = run.root / FOLDER / FINDINGS_FILE
         self._since = clock()
+        # Nothing can be missed for so long before it has begun.
+        self._first_finding = self._since + min(hang_seconds, _EARLIER_WATCH_SECONDS)
         self._read_bytes = self._path.stat().st_size if self._path.exists() else 0
         self._pending: tuple[float, int | None, Finding] | None = None
         self.told: list[Finding] = []
@@ -47,8 +54,8 @@ class HangTail:
             if finding.kind not in _STANDSTILL:
                 continue
             self.told.append(finding)
-            # The first of several tells more than what follows from it.
-            if self._pending is None:
+            # A rank that is gone is no hang: its agent tells. Of others the first tells more than what follows from it.
+            if self._pending is None and finding.evidence.get("state") != "dead":
                 self._pending = (now, self._last_step(), finding)
         if self._pending is None:
             return None
@@ -85,7 +92,9 @@ class HangTail:
         found = []
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed watcher may leave half a line
-                found.append(Finding.from_data(json.loads(line)))
+                data = json.loads(line)
+                if data["time"] >= self._first_finding:
+                    found.append(Finding.from_data(data))
         return found
 
 

@@ -35,6 +35,8 @@ class Patience:
     """Where ranks have stopped that nobody here has asked to: for the signal to come here too."""
     look: float = 0.5
     """Between two looks at what the watch of the run and preflight have written."""
+    watch: float = 3.0
+    """After a failure: for the watch of the run to tell where the rank is missed."""
     hosts: float = 2.0
     """Between two looks for hosts that have come back."""
 

@@ -61,7 +61,11 @@ class RanksWatch:
         self._output = output
         self._verdict = verdict
         self._began = time.time()
-        self._hangs = HangTail(job.run, patience_s=job.launch.end_hangs_after_seconds)
+        self._hangs = HangTail(
+            job.run,
+            patience_s=job.launch.end_hangs_after_seconds,
+            hang_seconds=job.config.fabric.hang_seconds,
+        )
         self._news: asyncio.Queue[_News] = asyncio.Queue()
         self._open = set(range(num_ranks))
         self._ended: dict[int, RankEnded] = {}
@@ -69,6 +73,8 @@ class RanksWatch:
         self._starter: StarterEnd | None = None
         self._hang: Finding | None = None
         self._scene: Scene | None = None
+        self._failed_at = 0.0
+        """By the monotonic clock: when the first failure was seen."""
         self._end_at = math.inf
         """By the event loop's clock: when ranks that still run are ended."""
         self._grace_s = job.patience.terminated
@@ -92,7 +98,20 @@ class RanksWatch:
                     await news()
             for task in tasks:
                 task.cancel()
+        await self._hear_watch_out()
         return await asyncio.to_thread(self._find_end)
+
+    async def _hear_watch_out(self) -> None:
+        """The watch of the run outlives its ranks by seconds, and tells in which collective one that is gone is missed."""
+        gone = {rank for lost in self._lost for rank in lost.ranks}
+        gone |= {end.rank for end in failures(self._ended.values()) if end.record is None and not end.ended_by_us}
+        is_watched = self._scene is not None and bool(self._scene.doing)
+        deadline = self._failed_at + self._job.patience.watch
+        while is_watched and gone and time.monotonic() < deadline:
+            await asyncio.to_thread(self._hangs.look)
+            if any(gone & set(finding.ranks) for finding in self._hangs.told):
+                return
+            await asyncio.sleep(self._job.patience.look)
 
     def _end_within(self, seconds: float) -> None:
         if not self._is_ending:
@@ -156,7 +175,9 @@ class RanksWatch:
             await self._on_failure(self._job.patience.starter)
 
     async def _on_failure(self, seconds: float) -> None:
-        if self._scene is None:  # now, while the ranks' watch knows what they were doing
+        if self._scene is None:
+            self._failed_at = time.monotonic()
+            # Now, while the watch knows what the ranks were doing.
             self._scene = await asyncio.to_thread(self._look_at_scene)
         self._end_within(seconds)
 

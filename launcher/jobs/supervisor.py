@@ -245,7 +245,7 @@ class _Supervisor:
         )
         if failure.traceback:
             self._job.say(failure.traceback.rstrip())
-        log = f" (its log: {failure.log})" if failure.log is not None else ""
+        log = f"; its log: {failure.log}" if failure.log is not None else ""
         if not decision.restarts:
             return await self._give_up(decision.cause, decision.exit_code, log)
         delay = f" in {decision.delay_s:g} s" if decision.delay_s else ""

@@ -100,6 +100,8 @@ tokenizer.vocab_size = 300
 steps = 4
 global_batch_size = 12
 compile = "off"
+[fabric]
+hang_seconds = 0.001
 [launch]
 {launch}
 """
@@ -192,6 +194,7 @@ class MadeUpJob:
             released=5.0,
             signal=0.0,
             look=0.02,
+            watch=TIMEOUT,
             hosts=0.02,
         )
 

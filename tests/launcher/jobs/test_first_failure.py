@@ -85,6 +85,9 @@ def test_a_lost_host_comes_before_what_it_caused_and_after_what_came_before() ->
     failure = _first(lost_peer, _lost("n2", at=99.0))
     assert failure.message == "host n2 was lost: its agent's connection ended (after step 41)"
     assert (failure.host, failure.lost_hosts, failure.are_missing) == ("n2", ("n2",), False)
+    failure = _first(lost_peer, _lost("n3", at=99.0, ranks=(2, 3)))
+    assert failure.message.endswith(" (after step 41; last seen in all_reduce of 4 MB on dp_shard)")
+    assert failure.last_collective == "all_reduce of 4 MB on dp_shard"
 
 
 def test_a_host_that_fell_silent_was_lost_when_it_did() -> None:

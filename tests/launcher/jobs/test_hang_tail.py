@@ -32,10 +32,16 @@ def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path)
 
 
-def _tell(run: RunDirectory, kind: Kind, sentence: str = "rank 3 is gone.", **evidence: Any) -> None:
+def _tail(run: RunDirectory, clock: _Clock, *, hang_seconds: float = 0.0) -> HangTail:
+    return HangTail(run, patience_s=10.0, hang_seconds=hang_seconds, clock=clock)
+
+
+def _tell(
+    run: RunDirectory, kind: Kind, sentence: str = "rank 3 is gone.", *, at: float | None = None, **evidence: Any
+) -> None:
     finding = Finding(kind=kind, hosts=("n3",), ranks=(3,), confidence=0.9, evidence=evidence, sentence=sentence)
     with (run.root / "fabric" / "findings.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), **finding.as_data()}) + "\n")
+        file.write(json.dumps({"time": at or time.time(), **finding.as_data()}) + "\n")
 
 
 def _watch(run: RunDirectory, quiet_s: list[float], *, updated: float) -> None:
@@ -49,7 +55,7 @@ def _watch(run: RunDirectory, quiet_s: list[float], *, updated: float) -> None:
 
 @pytest.mark.parametrize("kind", ["missing_rank", "mismatched_collective", "transport_fault"])
 def test_a_finding_without_a_step_after_it_is_a_hang(run: RunDirectory, clock: _Clock, kind: Kind) -> None:
-    tail = HangTail(run, patience_s=10.0, clock=clock)
+    tail = _tail(run, clock)
     run.append_metrics({"step": 5})
     assert tail.look() is None
     _tell(run, kind, "the first")
@@ -64,7 +70,7 @@ def test_a_finding_without_a_step_after_it_is_a_hang(run: RunDirectory, clock: _
 
 
 def test_a_step_after_the_finding_takes_it_back(run: RunDirectory, clock: _Clock) -> None:
-    tail = HangTail(run, patience_s=10.0, clock=clock)
+    tail = _tail(run, clock)
     run.append_metrics({"step": 5})
     _tell(run, "missing_rank")
     assert tail.look() is None
@@ -77,7 +83,7 @@ def test_a_step_after_the_finding_takes_it_back(run: RunDirectory, clock: _Clock
 
 @pytest.mark.parametrize("kind", ["slow_host", "congested_uplink", "bad_path"])
 def test_what_only_slows_the_run_is_no_hang(run: RunDirectory, clock: _Clock, kind: Kind) -> None:
-    tail = HangTail(run, patience_s=10.0, clock=clock)
+    tail = _tail(run, clock)
     _tell(run, kind)
     assert tail.look() is None
     clock.now += 100.0
@@ -87,6 +93,7 @@ def test_what_only_slows_the_run_is_no_hang(run: RunDirectory, clock: _Clock, ki
 def test_with_endless_patience_hangs_are_only_told(run: RunDirectory, clock: _Clock) -> None:
     tail = HangTail(
         run,
+        hang_seconds=0.0,
         patience_s=LaunchConfig.model_validate({"end_hangs_after_seconds": "inf"}).end_hangs_after_seconds,
         clock=clock,
     )
@@ -98,14 +105,36 @@ def test_with_endless_patience_hangs_are_only_told(run: RunDirectory, clock: _Cl
 
 def test_findings_of_an_earlier_attempt_are_passed_over(run: RunDirectory, clock: _Clock) -> None:
     _tell(run, "missing_rank")
-    tail = HangTail(run, patience_s=10.0, clock=clock)
+    tail = _tail(run, clock)
     tail.look()
     clock.now += 100.0
     assert tail.look() is None
 
 
+@pytest.mark.parametrize(("hang_seconds", "ours"), [(8.0, 5.0), (2.0, 2.0)])
+def test_the_last_word_of_an_earlier_attempts_watch_is_passed_over(
+    run: RunDirectory, clock: _Clock, hang_seconds: float, ours: float
+) -> None:
+    tail = _tail(run, clock, hang_seconds=hang_seconds)
+    _tell(run, "missing_rank", at=clock.now + ours - 0.1)
+    assert tail.look() is None
+    assert tail.told == []
+    _tell(run, "missing_rank", "ours", at=clock.now + ours + 0.1)
+    assert tail.look() is None
+    assert [finding.sentence for finding in tail.told] == ["ours"]
+
+
+def test_a_dead_rank_is_no_hang_but_where_it_is_missed_is_known(run: RunDirectory, clock: _Clock) -> None:
+    tail = _tail(run, clock)
+    _tell(run, "missing_rank", state="dead")
+    assert tail.look() is None
+    assert len(tail.told) == 1
+    clock.now += 100.0
+    assert tail.look() is None
+
+
 def test_half_a_line_is_read_once_it_is_whole_and_rubbish_is_passed_over(run: RunDirectory, clock: _Clock) -> None:
-    tail = HangTail(run, patience_s=10.0, clock=clock)
+    tail = _tail(run, clock)
     path = run.root / "fabric" / "findings.jsonl"
     _tell(run, "missing_rank")
     line = path.read_text()
@@ -118,7 +147,7 @@ def test_half_a_line_is_read_once_it_is_whole_and_rubbish_is_passed_over(run: Ru
 
 
 def test_ranks_that_all_move_do_not_hang_though_no_step_is_recorded(run: RunDirectory, clock: _Clock) -> None:
-    tail = HangTail(run, patience_s=10.0, clock=clock)
+    tail = _tail(run, clock)
     _tell(run, "missing_rank")
     assert tail.look() is None
     clock.now += 11.0
@@ -129,7 +158,7 @@ def test_ranks_that_all_move_do_not_hang_though_no_step_is_recorded(run: RunDire
 
 
 def test_one_rank_that_does_not_move_is_enough_for_a_hang(run: RunDirectory, clock: _Clock) -> None:
-    tail = HangTail(run, patience_s=10.0, clock=clock)
+    tail = _tail(run, clock)
     _tell(run, "missing_rank")
     assert tail.look() is None
     clock.now += 11.0
@@ -138,7 +167,7 @@ def test_one_rank_that_does_not_move_is_enough_for_a_hang(run: RunDirectory, clo
 
 
 def test_a_watch_that_is_silent_does_not_vouch_for_ranks(run: RunDirectory, clock: _Clock) -> None:
-    tail = HangTail(run, patience_s=10.0, clock=clock)
+    tail = _tail(run, clock)
     _tell(run, "missing_rank")
     assert tail.look() is None
     _watch(run, [0.5, 0.5], updated=clock.now)
@@ -147,7 +176,7 @@ def test_a_watch_that_is_silent_does_not_vouch_for_ranks(run: RunDirectory, cloc
 
 
 def test_a_rank_that_works_gets_longer(run: RunDirectory, clock: _Clock) -> None:
-    tail = HangTail(run, patience_s=10.0, clock=clock)
+    tail = _tail(run, clock)
     _tell(run, "missing_rank", state="working")
     assert tail.look() is None
     clock.now += 79.0

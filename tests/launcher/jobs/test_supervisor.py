@@ -84,7 +84,7 @@ train_until_a_peer_is_lost()
         "step": 41,
     }
     log = job.root / "logs" / "attempt-1" / "rank-1.log"
-    assert f"{cause} (its log: {log}); going on from step 40" in job.said
+    assert f"{cause}; its log: {log}; going on from step 40" in job.said
     (restart,) = job.events("restart")
     assert (restart["attempt"], restart["reason"]) == (2, cause)
     assert [event["restart"] for event in job.events("attempt")] == [False, True]

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,24 +92,41 @@ def test_stragglers_and_what_is_over_end_nothing(tmp_path: Path) -> None:
     assert (seen, len(job.events("attempt"))) == ([True], 1)
 
 
+_WATCHED = """
+(run / "fabric").mkdir(exist_ok=True)
+ranks = [{"rank": 0, "host": host, "state": "waiting", "quiet_s": 1.0, "doing": "all_reduce of 4 MB on dp"}]
+(run / "fabric" / "watch.json").write_text(json.dumps({"updated": time.time(), "ended": False, "ranks": ranks}))
+"""
+
+
 def test_where_the_watch_saw_a_rank_last_is_told(tmp_path: Path) -> None:
-    job = MadeUpJob(
-        tmp_path,
-        ["a"],
-        """
-        (run / "fabric").mkdir(exist_ok=True)
-        ranks = [{"rank": 0, "host": host, "state": "waiting", "quiet_s": 1.0, "doing": "all_reduce of 4 MB on dp"}]
-        (run / "fabric" / "watch.json").write_text(json.dumps({"updated": time.time(), "ended": False, "ranks": ranks}))
-        os.kill(os.getpid(), signal.SIGUSR2)
-        """,
-        launch="max_attempts_without_progress = 1",
-    )
+    script = _WATCHED + "fail('the disk is full')"
+    job = MadeUpJob(tmp_path, ["a"], script, launch="max_attempts_without_progress = 1")
     end = job.supervise()
     assert end.cause == (
-        "rank 0 of 1 on a was killed by SIGUSR2 (before a step was recorded; last seen in all_reduce of 4 MB on dp); "
+        "rank 0 of 1 on a: the disk is full (before a step was recorded; last seen in all_reduce of 4 MB on dp); "
         "1 attempt without a new checkpoint"
     )
     assert job.events("failure")[0]["last_collective"] == "all_reduce of 4 MB on dp"
+
+
+def test_in_which_collective_a_dead_rank_is_missed_the_watch_tells_after_its_end(tmp_path: Path) -> None:
+    script = _WATCHED + "os.kill(os.getpid(), signal.SIGUSR2)"
+    job = MadeUpJob(tmp_path, ["a"], script, launch="max_attempts_without_progress = 1")
+
+    async def tell() -> None:
+        await job.wait_for("pid-0-1")
+        await job.until(lambda: not is_running(job.pid(0)))
+        evidence = {"state": "dead", "collective": "all_gather of 1 MB", "axis": "dp"}
+        finding = {"kind": "missing_rank", "hosts": ["a"], "ranks": [0], "confidence": 1.0, "evidence": evidence}
+        with (job.root / "fabric" / "findings.jsonl").open("a") as file:
+            file.write(json.dumps({"time": time.time(), "sentence": "rank 0 (a) is gone.", **finding}) + "\n")
+
+    end = job.supervise(tell)
+    assert end.cause == (
+        "rank 0 of 1 on a was killed by SIGUSR2 (before a step was recorded; last seen in all_gather of 1 MB on dp); "
+        "1 attempt without a new checkpoint"
+    )
 
 
 def test_a_bad_host_is_excluded_and_a_spare_takes_its_place(tmp_path: Path) -> None:
