@@ -36,7 +36,8 @@ class Scenario:
     settings: tuple[str, ...] = ()
     small_disk: bool = False
     """The run is written to a disk of its own, which can be filled."""
-    restarts: range = range(1, 2)
+    restarts: range = range(1, 3)
+    """How many; one, or two where a busy machine seems to have lost a host besides."""
     most_lost: int = EVERY_STEPS
     """Steps. Who is killed in a save loses what was trained since the checkpoint before it."""
 
@@ -196,6 +197,7 @@ SCENARIOS: dict[str, Scenario] = {
     "disk full in a save": Scenario(
         inject=_fill_disk,
         failures=("exception", "exit"),
+        settings=("launch.preflight.min_free_disk_gb=0",),
         small_disk=True,
         restarts=range(1, 3),
         most_lost=2 * EVERY_STEPS,
