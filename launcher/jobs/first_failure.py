@@ -72,7 +72,7 @@ def of_hang(finding: Finding, scene: Scene) -> Failure:
     rank = finding.ranks[0] if finding.ranks else None
     return Failure(
         kind="hang",
-        message=f"the run hung{scene.when(None)}: {finding.sentence}",
+        message=f"the run hung{scene.when(None)}: {finding.sentence.rstrip('.')}",
         rank=rank,
         host=finding.hosts[0] if finding.hosts else None,
         last_collective=collective_of(finding) or (scene.doing.get(rank) if rank is not None else None) or None,

@@ -136,7 +136,7 @@ def test_a_hang_is_told_by_the_finding() -> None:
         sentence="rank 3 (n3) is stopped.",
     )
     failure = of_hang(finding, _SCENE)
-    assert failure.message == "the run hung (after step 41): rank 3 (n3) is stopped."
+    assert failure.message == "the run hung (after step 41): rank 3 (n3) is stopped"
     assert (failure.rank, failure.host) == (3, "n3")
     assert failure.last_collective == "all_gather of 1 MB on dp_shard"
 

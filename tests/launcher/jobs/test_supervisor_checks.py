@@ -58,7 +58,7 @@ def test_a_hang_that_the_watch_names_ends_the_attempt_and_a_stopped_rank_is_kill
         "kind": "hang",
         "rank": 1,
         "host": "b",
-        "message": "the run hung (after step 41): rank 1 (b) is stopped (by SIGSTOP or a debugger).",
+        "message": "the run hung (after step 41): rank 1 (b) is stopped (by SIGSTOP or a debugger)",
         "last_collective": "all_gather of 1 MB on dp_shard",
         "step": 41,
     }
