@@ -22,7 +22,7 @@ _MOST_READS_AT_END = 256
 """Of what an ended rank has left in its pipe, which holds far less; somebody else may go on writing."""
 _PIPE_S = 1.0
 """How long the output of an ended rank is waited for, where what it started keeps the pipe open."""
-_LONGEST_MESSAGE, _LONGEST_TRACEBACK = 10_000, 100_000
+_LONGEST_MESSAGE, _LONGEST_TRACEBACK = 10_000, 20_000
 _LOG_END_S = 10.0
 EXIT_NOT_STARTED = 127
 """Code of a rank whose command could not be executed, as shells have it."""

@@ -51,6 +51,7 @@ class Agent:
     clock_ahead_s: float
     """By how much this host's clock is ahead of its host's, at most."""
     ranks: tuple[int, ...] = ()
+    is_here: bool = True
     has_started: bool = False
     leaves: str = ""
     """Why it ends, as it says itself."""
@@ -77,7 +78,10 @@ class Attempt:
         self._log = log
         self._job_log = job_log
         self._echo = echo
-        self._agents: list[Agent] = []
+        self._agents: dict[tuple[str, int], Agent] = {}
+        """By host and index."""
+        self._for_ranks: dict[str, list[Agent]] = {}
+        """Of each host: those of its agents that are expected."""
         self._gone: dict[str, float] = {}
         """Hosts an agent of which has come, and gone again: when, by the event loop's clock."""
         self._running: dict[int, Agent] = {}
@@ -90,7 +94,7 @@ class Attempt:
     @property
     def hosts_present(self) -> tuple[str, ...]:
         """Expected hosts all of whose agents are there."""
-        return tuple(host for host, number in self._expected.items() if len(self._agents_of(host)) >= number)
+        return tuple(host for host, number in self._expected.items() if len(self._for_ranks.get(host, ())) >= number)
 
     def host_of(self, rank: int) -> str:
         """The host on which the rank was started."""
@@ -141,9 +145,7 @@ class Attempt:
             self._events.put_nowait(
                 HostLost(host=host, why="its agent was gone before the start", at=time.time(), ranks=ranks)
             )
-        if not await self._until(
-            lambda: all(agent.has_started or agent not in self._agents for agent in agents), _START_S
-        ):
+        if not await self._until(lambda: all(agent.has_started or not agent.is_here for agent in agents), _START_S):
             for agent in agents:
                 if not agent.has_started:
                     agent.connection.hang_up(f"its agent could not start ranks within {_START_S:g} s")
@@ -171,7 +173,7 @@ class Attempt:
     async def release(self) -> None:
         """Sends all agents home, and closes the attempt's log. Ranks that still run are killed."""
         self._is_over = True
-        for agent in self._agents:
+        for agent in self._agents.values():
             agent.connection.send(Release())
         await self._until(lambda: not self._agents, _RELEASE_S)
         self.abandon()
@@ -179,8 +181,8 @@ class Attempt:
     def abandon(self) -> None:
         """Hangs up on all agents, which end their ranks then, and closes the attempt's log."""
         self._is_over = True
-        for agent in self._agents:
-            agent.connection.hang_up("the attempt is over")
+        for connection in self.connections():
+            connection.hang_up("the attempt is over")
         if self._folder is not None:
             self._folder.close()
             self._folder = None
@@ -193,13 +195,13 @@ class Attempt:
         if self._is_over:
             return f"attempt {self.number} is over"
         host = find_host(hello.host, hello.addresses, self._expected) or hello.host
-        same = next((each for each in self._agents if (each.host, each.hello.index) == (host, hello.index)), None)
+        same = self._agents.get((host, hello.index))
         if same is not None and (same.hello.agent != hello.agent or same.ranks):
             return f"agent {hello.index} of {host} is there already: two processes claim the same place"
         if same is not None:
-            self._agents.remove(same)
+            self._forget(same)
             same.connection.hang_up("it has come over another connection")
-        expected = len(self._agents_of(host)) < self._expected.get(host, 0)
+        expected = len(self._for_ranks.get(host, ())) < self._expected.get(host, 0)
         if not expected:
             what = "more agents than asked for" if host in self._expected else "which is not one of the attempt's hosts"
             self._say(f"an agent has come from {host}, {what}: it gets nothing to do")
@@ -210,7 +212,9 @@ class Attempt:
             connection=connection,
             clock_ahead_s=time.time() - hello.sent,
         )
-        self._agents.append(agent)
+        self._agents[host, hello.index] = agent
+        if expected:
+            self._for_ranks.setdefault(host, []).append(agent)
         self._gone.pop(host, None)
         connection.on_message = lambda _, message: self._hear(agent, message)
         connection.on_end = lambda _, why: self._lose(agent, why)
@@ -225,7 +229,7 @@ class Attempt:
 
     def connections(self) -> list[Connection]:
         """Those of all agents. For `Head`."""
-        return [agent.connection for agent in self._agents]
+        return [agent.connection for agent in self._agents.values()]
 
     def _place(self, plan: RanksPlan) -> tuple[list[Agent], dict[str, tuple[int, ...]]]:
         """Deals ranks out to agents; returns these in the order of their ranks, and what should have been on lost hosts."""
@@ -234,7 +238,7 @@ class Attempt:
         for place, host in enumerate(plan.hosts):
             ranks = range(place * plan.ranks_per_host, (place + 1) * plan.ranks_per_host)
             self._host_of.update(dict.fromkeys(ranks, host))
-            agents = sorted(self._agents_of(host), key=lambda agent: agent.hello.index)
+            agents = sorted(self._for_ranks.get(host, ()), key=lambda agent: agent.hello.index)
             if not agents or len(agents) < self._expected.get(host, 0):
                 lost[host] = tuple(ranks)
                 continue
@@ -247,8 +251,11 @@ class Attempt:
                     placed.append(agent)
         return placed, lost
 
-    def _agents_of(self, host: str) -> list[Agent]:
-        return [agent for agent in self._agents if agent.expected and agent.host == host]
+    def _forget(self, agent: Agent) -> None:
+        agent.is_here = False
+        del self._agents[agent.host, agent.hello.index]
+        if agent.expected:
+            self._for_ranks[agent.host].remove(agent)
 
     def _hear(self, agent: Agent, message: Message) -> None:
         match message:
@@ -298,9 +305,9 @@ class Attempt:
         self._poke()
 
     def _lose(self, agent: Agent, why: str) -> None:
-        if agent not in self._agents:
+        if not agent.is_here:
             return
-        self._agents.remove(agent)
+        self._forget(agent)
         ranks = tuple(rank for rank in agent.ranks if self._running.pop(rank, None) is not None)
         if agent.expected:
             self._gone[agent.host] = _now()

@@ -17,22 +17,18 @@ def find_host(name: str, addresses: Iterable[str], expected: Collection[str]) ->
     A short name means the long one and the other way round: "n3" and "n3.cluster", but not "n3.a" and "n3.b". Else the
     one that is given by one of the host's `addresses`.
     """
-    for matches in (
-        [host for host in expected if host == name],
-        [host for host in expected if _same_name(host, name)],
-        [host for host in expected if host in set(addresses)],
-    ):
-        if matches:
-            return matches[0] if len(matches) == 1 else None
-    return None
+    if name in expected:
+        return name
+    own = set(addresses)
+    matches = [host for host in expected if _same_name(host, name)] or [host for host in expected if host in own]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _same_name(one: str, other: str) -> bool:
     one, other = one.lower(), other.lower()
-    if _is_address(one) or _is_address(other):
+    if one == other or one.partition(".")[0] != other.partition(".")[0]:
         return one == other
-    short = "." not in one or "." not in other
-    return one.partition(".")[0] == other.partition(".")[0] if short else one == other
+    return ("." not in one or "." not in other) and not _is_address(one) and not _is_address(other)
 
 
 def _is_address(name: str) -> bool:
