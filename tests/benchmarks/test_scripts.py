@@ -142,3 +142,9 @@ def test_fabric_simulation() -> None:
         "8 hosts, two leaves: two faults",
     }
     assert result["campaigns"]["8 hosts, two leaves: one fault"]["plan"]["cases"] == 2
+
+
+def test_launcher_scale_hears_every_line_of_every_rank() -> None:
+    result = run_script("launcher_scale.py", "--hosts", "3", "--ranks", "2", "--repeats", "1")
+    assert result["median"]["lines_said"] == 3 * 2 * 30
+    assert result["median"]["head_peak_bytes"] > 10**7
