@@ -50,10 +50,10 @@ def _case(
     figures: dict[str, Any] = {"scenario": name, "right": False}
     try:
         run.launch()
-        harmed = scenario.inject(run)
+        harm = scenario.inject(run)
         run.finish()
         run.wait_until_nothing_is_left()
-        figures |= _times(run, harmed)
+        figures |= _times(run, harm.at)
         figures["right"] = run.figures() == whole
     except AssertionError as error:
         figures["problem"] = str(error)[:400]

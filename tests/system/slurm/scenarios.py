@@ -23,16 +23,25 @@ _SLOW_MBIT = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Harm:
+    """What was done to a run."""
+
+    at: float
+    """Seconds since 1970."""
+    host: str | None = None
+    """Where, if it was one host that was harmed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scenario:
     """One kind of fault, and what the run may show of it afterwards."""
 
-    inject: Callable[[LaunchedRun], float]
-    """Waits for its moment, then does the harm, and mends what only a person could mend. Returns when the harm was done, in
-    seconds since 1970."""
+    inject: Callable[[LaunchedRun], Harm]
+    """Waits for its moment, then does the harm, and mends what only a person could mend."""
     failures: Sequence[str] = ()
-    """Kinds of `failure` events of which the first must be one; none: the run must not fail at all."""
-    host_in_cause: bool = False
-    """Whether the first failure must name the host that was harmed."""
+    """Kinds of `failure` events of which the first must be one, on the host that was harmed; none: nothing may fail."""
+    requeues: Sequence[str] = ()
+    """Reasons of the requeues that must be, in order."""
     settings: tuple[str, ...] = ()
     small_disk: bool = False
     """The run is written to a disk of its own, which can be filled."""
@@ -42,133 +51,138 @@ class Scenario:
     """Steps. Who is killed in a save loses what was trained since the checkpoint before it."""
 
 
-def _kill_rank_in_a_step(run: LaunchedRun) -> float:
+def _kill_rank_in_a_step(run: LaunchedRun) -> Harm:
     run.wait_for_step(_FAULT_STEP)
-    harmed = time.time()
+    host = _host(run, 2)
+    harmed_at = time.time()
     run.ranks()[2].kill()
-    return harmed
+    return Harm(at=harmed_at, host=host)
 
 
-def _kill_rank_in_a_collective(run: LaunchedRun) -> float:
+def _kill_rank_in_a_collective(run: LaunchedRun) -> Harm:
     run.wait_for_step(_FAULT_STEP)
-    ranks = run.ranks()
+    host, ranks = _host(run, 2), run.ranks()
     ranks[1].suspend()
     time.sleep(_STOPPED_SECONDS)  # a part of the fault: meanwhile all others come into the collective
-    harmed = time.time()
+    harmed_at = time.time()
     ranks[2].kill()
     with contextlib.suppress(psutil.NoSuchProcess):
         ranks[1].resume()
-    return harmed
+    return Harm(at=harmed_at, host=host)
 
 
-def _kill_rank_in_a_save(run: LaunchedRun) -> float:
+def _kill_rank_in_a_save(run: LaunchedRun) -> Harm:
     run.wait_until(lambda: any(run.directory.checkpoints.glob("step-*")), what="the first checkpoint")
-    ranks = run.ranks()
+    host, ranks = _host(run, 0), run.ranks()
     run.wait_until(lambda: any(run.directory.checkpoints.glob(".partial-*")), what="a save")
-    harmed = time.time()
+    harmed_at = time.time()
     ranks[0].kill()
-    return harmed
+    return Harm(at=harmed_at, host=host)
 
 
-def _kill_agent(run: LaunchedRun) -> float:
+def _kill_agent(run: LaunchedRun) -> Harm:
     run.wait_for_step(_FAULT_STEP)
-    harmed = time.time()
-    run.agents()[_host(run, 2)].kill()
-    return harmed
+    host = _host(run, 2)
+    harmed_at = time.time()
+    run.agents()[host].kill()
+    return Harm(at=harmed_at, host=host)
 
 
-def _lose_host(run: LaunchedRun) -> float:
+def _lose_host(run: LaunchedRun) -> Harm:
     run.wait_for_step(_FAULT_STEP)
-    harmed = time.time()
-    run.cluster.kill_host(_host(run, 2))
-    return harmed
+    host = _host(run, 2)
+    harmed_at = time.time()
+    run.cluster.kill_host(host)
+    return Harm(at=harmed_at, host=host)
 
 
-def _lose_rendezvous_host(run: LaunchedRun) -> float:
+def _lose_rendezvous_host(run: LaunchedRun) -> Harm:
     """The first host has rank 0, at which all others meet, and the supervisor."""
     run.wait_for_step(_FAULT_STEP)
-    harmed = time.time()
-    run.cluster.kill_host(_host(run, 0))
-    return harmed
+    host = _host(run, 0)
+    harmed_at = time.time()
+    run.cluster.kill_host(host)
+    return Harm(at=harmed_at, host=host)
 
 
-def _stop_rank(run: LaunchedRun) -> float:
+def _stop_rank(run: LaunchedRun) -> Harm:
     run.wait_for_step(_FAULT_STEP)
-    harmed = time.time()
+    host = _host(run, 1)
+    harmed_at = time.time()
     run.ranks()[1].suspend()
-    return harmed
+    return Harm(at=harmed_at, host=host)
 
 
-def _link_down(seconds: float) -> Callable[[LaunchedRun], float]:
-    def inject(run: LaunchedRun) -> float:
+def _link_down(seconds: float) -> Callable[[LaunchedRun], Harm]:
+    def inject(run: LaunchedRun) -> Harm:
         run.wait_for_step(_FAULT_STEP)
         host = _host(run, 2)
-        harmed = time.time()
+        harmed_at = time.time()
         run.cluster.link_down(host)
         time.sleep(seconds)  # the fault itself
         run.cluster.link_up(host)
-        return harmed
+        return Harm(at=harmed_at, host=host)
 
     return inject
 
 
-def _preempt(run: LaunchedRun) -> float:
+def _preempt(run: LaunchedRun) -> Harm:
     run.wait_for_step(_FAULT_STEP)
     others = ["--partition=high", f"--nodes={len(run.cluster.names)}", "--exclusive", "--time=1"]
     job = run.cluster.submit("sleep", "1", options=others)
-    harmed = time.time()
+    harmed_at = time.time()
     run.cluster.wait_for(job, ("COMPLETED", "FAILED"), 90)
-    return harmed
+    return Harm(at=harmed_at)
 
 
-def _reach_time_limit(run: LaunchedRun) -> float:
+def _reach_time_limit(run: LaunchedRun) -> Harm:
     """SLURM knows no limit below a minute: a slow network makes the steps last until the signal comes."""
     for name in run.cluster.names:
         run.cluster.set_rate(name, _SLOW_MBIT)
     run.wait_until(lambda: bool(run.events("stop_asked")), what="the time limit's signal")
-    harmed = time.time()
+    harmed_at = time.time()
     for name in run.cluster.names:
         run.cluster.set_rate(name)
-    return harmed
+    return Harm(at=harmed_at)
 
 
-def _requeue(run: LaunchedRun) -> float:
+def _requeue(run: LaunchedRun) -> Harm:
     run.wait_for_step(_FAULT_STEP)
     record = run.folder.read_record()
     assert record is not None
     assert record.job_id is not None
-    harmed = time.time()
+    harmed_at = time.time()
     run.cluster.run("scontrol", "requeue", record.job_id)
-    return harmed
+    return Harm(at=harmed_at)
 
 
-def _fill_disk(run: LaunchedRun) -> float:
+def _fill_disk(run: LaunchedRun) -> Harm:
     """Not a byte is left, for the run's records neither, until the ranks have failed."""
     run.wait_for_step(EVERY_STEPS + 1)
     ranks = run.ranks()
     ballast = run.directory.root.parent / "ballast"
-    harmed = time.time()
+    harmed_at = time.time()
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 16))
     _, alive = psutil.wait_procs(ranks.values(), timeout=60)
     ballast.unlink()
     assert not alive, run.account()
-    return harmed
+    return Harm(at=harmed_at)
 
 
-def _corrupt_newest_checkpoint(run: LaunchedRun) -> float:
+def _corrupt_newest_checkpoint(run: LaunchedRun) -> Harm:
     run.wait_for_step(_FAULT_STEP)
     run.wait_until(lambda: run.directory.checkpoints.joinpath(f"step-{2 * EVERY_STEPS:08d}").is_dir(), what="a save")
-    ranks = run.ranks()
+    host, ranks = _host(run, 3), run.ranks()
     newest = max(run.directory.checkpoints.glob("step-*"))
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     with largest.open("r+b") as file:
         file.seek(largest.stat().st_size // 2)
         file.write(b"harmed")
-    harmed = time.time()
+    harmed_at = time.time()
     ranks[3].kill()
-    return harmed
+    return Harm(at=harmed_at, host=host)
 
 
 def _host(run: LaunchedRun, rank: int) -> str:
@@ -178,21 +192,19 @@ def _host(run: LaunchedRun, rank: int) -> str:
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "rank killed in a step": Scenario(inject=_kill_rank_in_a_step, failures=("signal",), host_in_cause=True),
-    "rank killed in a collective": Scenario(
-        inject=_kill_rank_in_a_collective, failures=("signal",), host_in_cause=True
-    ),
-    "rank killed in a save": Scenario(
-        inject=_kill_rank_in_a_save, failures=("signal",), host_in_cause=True, most_lost=2 * EVERY_STEPS
-    ),
-    "agent killed": Scenario(inject=_kill_agent, failures=("host_lost",), host_in_cause=True),
-    "host lost": Scenario(inject=_lose_host, failures=("host_lost",), host_in_cause=True, settings=("slurm.nodes=5",)),
-    "rendezvous host lost": Scenario(inject=_lose_rendezvous_host),
-    "rank stopped": Scenario(inject=_stop_rank, failures=("hang",), host_in_cause=True),
+    "rank killed in a step": Scenario(inject=_kill_rank_in_a_step, failures=("signal",)),
+    "rank killed in a collective": Scenario(inject=_kill_rank_in_a_collective, failures=("signal",)),
+    "rank killed in a save": Scenario(inject=_kill_rank_in_a_save, failures=("signal",), most_lost=2 * EVERY_STEPS),
+    "agent killed": Scenario(inject=_kill_agent, failures=("host_lost",)),
+    "host lost": Scenario(inject=_lose_host, failures=("host_lost",), settings=("slurm.nodes=5",)),
+    "rendezvous host lost": Scenario(inject=_lose_rendezvous_host, requeues=("host_lost",)),
+    "rank stopped": Scenario(inject=_stop_rank, failures=("hang",)),
     "link down for 5 s": Scenario(inject=_link_down(5.0), failures=("hang", "host_lost"), restarts=range(2)),
     "link down for 60 s": Scenario(inject=_link_down(60.0), failures=("hang", "host_lost"), restarts=range(1, 4)),
-    "preemption": Scenario(inject=_preempt),
-    "time limit": Scenario(inject=_reach_time_limit, settings=("slurm.time=1", "slurm.signal_seconds=35")),
+    "preemption": Scenario(inject=_preempt, requeues=("preemption",)),
+    "time limit": Scenario(
+        inject=_reach_time_limit, requeues=("time_limit",), settings=("slurm.time=1", "slurm.signal_seconds=35")
+    ),
     "requeue by the admin": Scenario(inject=_requeue),
     "disk full in a save": Scenario(
         inject=_fill_disk,
@@ -203,7 +215,7 @@ SCENARIOS: dict[str, Scenario] = {
         most_lost=2 * EVERY_STEPS,
     ),
     "newest checkpoint corrupt": Scenario(
-        inject=_corrupt_newest_checkpoint, failures=("signal",), host_in_cause=True, most_lost=2 * EVERY_STEPS
+        inject=_corrupt_newest_checkpoint, failures=("signal",), most_lost=2 * EVERY_STEPS
     ),
 }
 
