@@ -66,14 +66,13 @@ def failed_at(end: RankEnd) -> float:
 
 
 def first_failure(ends: Iterable[End]) -> End | None:
-    """The failure that is the likeliest cause of the others; None where no rank has failed.
-
-    Ended by us counts last, then those who only tell that they have lost another rank; among equals the earliest.
-    """
-    return min(failures(ends), key=_earliness, default=None)
+    """The failure that is the likeliest cause of the others; None where no rank has failed."""
+    return min(failures(ends), key=earliness, default=None)
 
 
-def _earliness(end: RankEnd) -> tuple[bool, bool, float]:
+def earliness(end: RankEnd) -> tuple[bool, bool, float]:
+    """Orders failures by how likely they are the cause of the others: ended by us counts last, then those who only tell that
+    they have lost another rank; among equals the earliest. The last figure is in seconds since 1970."""
     return end.ended_by_us, not explains_itself(end), failed_at(end)
 
 

@@ -59,3 +59,6 @@ class AttemptEnd:
     """Of a stopped one: whether all that was trained is saved."""
     result: Mapping[str, Any] | None = None
     """Of a finished one: what rank 0 says of the run."""
+    clear_at: float = 0.0
+    """Seconds since 1970: by then ranks on hosts that have fallen silent have ended by themselves. Another attempt before it
+    might train beside them."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.fabric.findings import Finding
 from launcher.errors import ConfigError
-from launcher.first_cause import explains_itself, failed_at, failures, how_it_ended, signal_name
+from launcher.first_cause import earliness, failures, how_it_ended, signal_name
 from launcher.jobs.attempt_end import Failure, FailureKind
 from launcher.jobs.head import HostLost, RankEnded
 from launcher.verb import EXIT_REFUSED
@@ -58,13 +58,11 @@ def first_failure(
     What explains itself comes before what only follows from something, and an earlier thing before a later one. A host that
     is lost, and a starter that has ended, explain themselves. A host that fell silent did so `silence_s` before it was lost.
     """
-    found: list[tuple[bool, bool, float, Failure]] = [
-        (end.ended_by_us, not explains_itself(end), failed_at(end), _of_rank(end, scene)) for end in failures(ended)
-    ]
-    found += [(False, False, _lost_since(host, silence_s), of_lost_host(host, scene)) for host in lost if host.ranks]
+    found = [(earliness(end), _of_rank(end, scene)) for end in failures(ended)]
+    found += [((False, False, _lost_since(host, silence_s)), of_lost_host(host, scene)) for host in lost if host.ranks]
     if starter is not None:
-        found.append((False, False, starter.at, of_starter(starter.code, starter.words, ())))
-    return min(found, key=lambda each: each[:3], default=(0, 0, 0, None))[3]
+        found.append(((False, False, starter.at), of_starter(starter.code, starter.words, ())))
+    return min(found, key=lambda each: each[0], default=(None, None))[1]
 
 
 def of_hang(finding: Finding, scene: Scene) -> Failure:
@@ -153,17 +151,17 @@ def of_lost_host(lost: HostLost, scene: Scene) -> Failure:
         last_collective=None if seen is None else scene.doing[seen],
         step=scene.step,
         lost_hosts=(lost.host,),
-        are_missing=_fell_silent(lost),
+        are_missing=fell_silent(lost),
     )
 
 
-def _fell_silent(lost: HostLost) -> bool:
+def fell_silent(lost: HostLost) -> bool:
     """Whether the host itself seems to be gone: a connection that ends was ended by somebody there."""
     return lost.why.startswith("nothing heard")
 
 
 def _lost_since(lost: HostLost, silence_s: float) -> float:
-    return lost.at - (silence_s if _fell_silent(lost) else 0.0)
+    return lost.at - (silence_s if fell_silent(lost) else 0.0)
 
 
 def _one_line(text: str) -> str:

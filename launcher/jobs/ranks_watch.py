@@ -20,7 +20,15 @@ from launcher.first_cause import explains_itself, failures, have_stopped, how_it
 from launcher.jobs.attempt_end import AttemptEnd, Failure
 from launcher.jobs.backend import Agents
 from launcher.jobs.backends.starter import last_words
-from launcher.jobs.first_failure import Scene, StarterEnd, collective_of, first_failure, of_hang, of_preflight
+from launcher.jobs.first_failure import (
+    Scene,
+    StarterEnd,
+    collective_of,
+    fell_silent,
+    first_failure,
+    of_hang,
+    of_preflight,
+)
 from launcher.jobs.hang_tail import HangTail, watched_ranks
 from launcher.jobs.head import Attempt, HostLost, RankEnded
 from launcher.jobs.job import Job
@@ -33,6 +41,9 @@ from launcher.verb import EXIT_REFUSED
 _RESULT_NAME = "result.json"
 # For what has been told to the head to come here.
 _SETTLE_SECONDS = 1.0
+# After the head has given up a host that is out of reach: by then its agent has given up the head, and ended its ranks. They
+# may be a few beats apart, and the agent's ranks may take five seconds to end.
+_ISOLATED_SECONDS = 10.0
 
 _News: TypeAlias = Callable[[], Awaitable[None]]
 
@@ -99,7 +110,9 @@ class RanksWatch:
             for task in tasks:
                 task.cancel()
         await self._hear_watch_out()
-        return await asyncio.to_thread(self._find_end)
+        end = await asyncio.to_thread(self._find_end)
+        silent_since = max((lost.at for lost in self._lost if fell_silent(lost)), default=-_ISOLATED_SECONDS)
+        return replace(end, clear_at=silent_since + _ISOLATED_SECONDS)
 
     async def _hear_watch_out(self) -> None:
         """The watch of the run outlives its ranks by seconds, and tells in which collective one that is gone is missed."""

@@ -116,7 +116,7 @@ class _Supervisor:
                 if end.outcome == "stopped" or self._stop.signal is not None:
                     return await self._end_stopped(end, stop_reason)
                 assert end.failure is not None
-                if (job_end := await self._after_failure(end.failure, hosts)) is not None:
+                if (job_end := await self._after_failure(end.failure, hosts, clear_at=end.clear_at)) is not None:
                     return job_end
         finally:
             stop_reason.cancel()
@@ -218,7 +218,7 @@ class _Supervisor:
         finally:
             await self._journal.update(hosts=())
 
-    async def _after_failure(self, failure: Failure, hosts: Sequence[str]) -> JobEnd | None:
+    async def _after_failure(self, failure: Failure, hosts: Sequence[str], *, clear_at: float) -> JobEnd | None:
         """Writes down what has failed, and decides; the job's end where there is to be no other attempt."""
         self._last_failure = failure
         for host in hosts:
@@ -248,9 +248,10 @@ class _Supervisor:
         log = f"; its log: {failure.log}" if failure.log is not None else ""
         if not decision.restarts:
             return await self._give_up(decision.cause, decision.exit_code, log)
-        delay = f" in {decision.delay_s:g} s" if decision.delay_s else ""
+        delay_s = max(decision.delay_s, clear_at - time.time())
+        delay = f" in {round(delay_s, 1):g} s" if delay_s > 0 else ""
         self._job.say(f"{failure.message}{log}; going on from step {newest}{delay}")
-        await self._stop.sleep(decision.delay_s)
+        await self._stop.sleep(delay_s)
         return None
 
     async def _give_up(self, cause: str, exit_code: int = 1, log: str = "") -> JobEnd:

@@ -51,6 +51,11 @@ class Starter:
             await asyncio.sleep(_POLL_SECONDS)
         return int(self._process.returncode)
 
+    def signal(self, number: int) -> None:
+        """Sends a signal to the program alone."""
+        if not self._has_ended():
+            os.kill(self._process.pid, number)
+
     async def end(self) -> None:
         """Asks it to end, then kills it and all of its process group."""
         if not self._has_ended():

@@ -1,11 +1,14 @@
 """A supervisor and its job: real agents, real ranks, hosts that are but names. What it does when something fails."""
 
 import os
+import re
 import signal
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from launcher.jobs import ranks_watch
 from tests.launcher.jobs.made_up_hosts import MadeUpJob, is_running
 
 # Ranks wait for one another as in a collective: when one is gone, the others say that they have lost it.
@@ -164,7 +167,7 @@ def test_a_lost_agent_is_a_lost_host_and_leaves_no_rank(tmp_path: Path) -> None:
 
     async def kill_agent() -> None:
         await job.wait_for("training-0-1", "training-1-1")
-        os.kill(job.backend.agents["b"]._process.pid, signal.SIGKILL)
+        job.backend.agents["b"].signal(signal.SIGKILL)
 
     assert job.supervise(kill_agent).exit_code == 0
     (failure,) = job.events("failure")
@@ -174,24 +177,42 @@ def test_a_lost_agent_is_a_lost_host_and_leaves_no_rank(tmp_path: Path) -> None:
     assert not any(map(is_running, job.pids()))
 
 
-def test_a_silent_host_is_lost_and_left_out_where_others_are_enough(tmp_path: Path) -> None:
-    job = MadeUpJob(
-        tmp_path,
-        ["a", "b"],
-        "if attempt == 1:\n    mark('training')\n    hang()",
-        launch="nodes = 2\nmin_nodes = 1\nlost_host_seconds = 3.0",
-    )
+_SILENT = "min_nodes = 1\nnodes = 2\nlost_host_seconds = 3.0"
 
+
+def _stop_agent_of_b(job: MadeUpJob) -> Callable[[], Awaitable[None]]:
     async def stop_agent() -> None:
         await job.wait_for("training-0-1", "training-1-1")
-        os.kill(job.backend.agents["b"]._process.pid, signal.SIGSTOP)
+        job.backend.agents["b"].signal(signal.SIGSTOP)
 
-    assert job.supervise(stop_agent).exit_code == 0
+    return stop_agent
+
+
+def test_a_silent_host_is_lost_and_left_out_where_others_are_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_watch, "_ISOLATED_SECONDS", 0.0)
+    job = MadeUpJob(tmp_path, ["a", "b"], "if attempt == 1:\n    mark('training')\n    hang()", launch=_SILENT)
+    assert job.supervise(_stop_agent_of_b(job)).exit_code == 0
     (failure,) = job.events("failure")
     assert failure["kind"] == "host_lost"
     assert failure["message"].startswith("host b was lost: nothing heard for 3 s")
     assert job.backend.starts == [("a", "b"), ("a",)]
     assert not any(map(is_running, job.pids()))
+
+
+def test_no_attempt_begins_while_ranks_out_of_reach_may_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_watch, "_ISOLATED_SECONDS", 6000.0)
+    job = MadeUpJob(tmp_path, ["a", "b"], "mark('training')\nhang()", launch=_SILENT)
+
+    async def stop() -> None:
+        await job.until(
+            lambda: any(re.search(r"; going on from step 0 in [56]\d+(\.\d)? s$", said) for said in job.said)
+        )
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert job.supervise(_stop_agent_of_b(job), stop).exit_code == 75
+    assert len(job.events("attempt")) == 1
 
 
 def test_a_host_that_never_comes_is_named_and_a_spare_takes_its_place(tmp_path: Path) -> None:
