@@ -36,8 +36,9 @@ def locked_run(root: Path, *, say: Callable[[str], None]) -> Iterator[None]:
             yield
             return
         try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            with contextlib.suppress(OSError):  # a full disk: the name is a courtesy, the lock is held without it
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             yield
         finally:
             # Not by closing alone, which leaves it with any process that was forked in between.

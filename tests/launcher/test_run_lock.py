@@ -87,6 +87,23 @@ def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest
     ]
 
 
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+def test_a_full_disk_takes_the_holders_name_and_not_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(descriptor: int, *rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with locked_run(tmp_path / "x", say=refuse):
+        assert is_held(tmp_path / "x") is True
+        with (
+            pytest.raises(RunError, match=r"^run x is being trained by another process; "),
+            locked_run(tmp_path / "x", say=refuse),
+        ):
+            pass
+
+
 @pytest.mark.parametrize("ranks", ["1", "2"])
 def test_a_run_that_is_being_trained_is_not_started_again(tiny: Path, mega: Mega, ranks: str) -> None:
     run = Path("runs/tiny")
