@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from megamodel.train.run_directory import RunDirectory
 
 JobState = Literal["queued", "running", "restarting", "finished", "failed"]
 BackendName = Literal["local", "torchrun", "slurm", "mpi"]
+T = TypeVar("T")
+
+
+def _say_on_stderr(text: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{text}\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +66,10 @@ class SupervisorState:
 
 
 class JobFolder:
-    """`runs/<name>/launch/`."""
+    """`runs/<name>/launch/`. `say` hears of a damaged file, which counts as not there."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, *, say: Callable[[str], None] = _say_on_stderr) -> None:
+        self._say = say
         self.root = run.root / "launch"
         self.config = self.root / "config.toml"
         """The configuration as it was submitted: what is changed later in the user's files changes no queued job."""
@@ -74,9 +84,10 @@ class JobFolder:
         _write(self._record, asdict(record))
 
     def read_record(self) -> JobRecord | None:
-        """None where no job was launched here."""
-        data = _read(self._record)
-        return None if data is None else JobRecord(**{**data, "earlier_job_ids": tuple(data["earlier_job_ids"])})
+        """None where no job was launched here, or the file is damaged."""
+        return self._read(
+            self._record, lambda data: JobRecord(**{**data, "earlier_job_ids": tuple(data["earlier_job_ids"])})
+        )
 
     def forget_record(self) -> None:
         """Of a job that was not started after all."""
@@ -89,9 +100,8 @@ class JobFolder:
         return state
 
     def read_state(self) -> SupervisorState | None:
-        """None where no supervisor has begun."""
-        data = _read(self._state)
-        return None if data is None else SupervisorState(**{**data, "hosts": tuple(data["hosts"])})
+        """None where no supervisor has begun, or the file is damaged."""
+        return self._read(self._state, lambda data: SupervisorState(**{**data, "hosts": tuple(data["hosts"])}))
 
     def ask_to_cancel(self) -> None:
         """`mega cancel` says so here before it signals: who is told to stop then knows that it is for good."""
@@ -107,17 +117,23 @@ class JobFolder:
         for path in (self._cancel, self._state):
             path.unlink(missing_ok=True)
 
+    def _read(self, path: Path, parse: Callable[[dict[str, Any]], T]) -> T | None:
+        try:
+            return parse(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            self._say(
+                f"{path} is damaged ({error}), as a crash may leave it: it counts as not there, and is written anew"
+            )
+            return None
+
 
 def _write(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(data, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # else a host that crashes may leave an empty file under the final name
     os.replace(partial, path)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return data
