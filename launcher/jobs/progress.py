@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
-
 from megamodel.train.run_directory import RunDirectory
 from parallel.checkpoint.directory import CheckpointDirectory
 from parallel.errors import CheckpointError
 
-# Of metrics.jsonl's end: more than any line is long.
-_TAIL_BYTES = 65_536
 
-
-def newest_checkpoint(run: RunDirectory) -> int:
-    """Step of the newest complete checkpoint; 0 where there is none."""
+def newest_checkpoint(run: RunDirectory, *, known: int = 0) -> int:
+    """Step of the newest complete checkpoint; 0 where there is none, and `known` where nobody can look now, as when a file
+    system on the network is away."""
     directory = CheckpointDirectory(run.checkpoints)
-    for path in reversed(directory.step_paths()):
-        try:
-            return directory.read(path).step
-        except CheckpointError:
-            continue
+    try:
+        for path in reversed(directory.step_paths()):
+            try:
+                return directory.read(path).step
+            except CheckpointError:
+                continue
+    except OSError:
+        return known
     return 0
 
 
@@ -28,17 +26,9 @@ def last_step(run: RunDirectory, *, since: float) -> int | None:
     """The last step that the run has recorded. None where nothing was recorded since `since`, in seconds since 1970: then
     what stands there is of an earlier start, and may be forgotten yet."""
     try:
-        with run.metrics.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_mtime < since:
-                return None
-            file.seek(max(0, status.st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
+        if run.metrics.stat().st_mtime < since:
+            return None
+        steps = (line["step"] for line in run.newest_metrics() if isinstance(line.get("step"), int))
+        return next(steps, None)
     except OSError:
         return None
-    for line in reversed(lines[:-1]):  # what follows the last line's end is being written
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return None
