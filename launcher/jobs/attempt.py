@@ -116,7 +116,7 @@ class Attempt:
         return tuple(host for host in self._expected if host not in present)
 
     async def start_ranks(self, plan: RanksPlan) -> None:
-        """Starts ranks; returns when all agents concerned have done so or are lost. Other agents idle.
+        """Starts ranks, once an attempt; returns when all agents concerned have done so or are lost. Other agents idle.
 
         A host of the plan that is gone by now is told by `next_event`, with the ranks that it should have run.
         """

@@ -220,6 +220,8 @@ class Connection(asyncio.Protocol):
         """asyncio calls it."""
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if self.why:  # it was hung up on before it was made
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """asyncio calls it."""

@@ -181,6 +181,16 @@ def test_no_beat_stands_within_another_message() -> None:
     _run(test())
 
 
+def test_one_that_is_hung_up_on_before_it_is_connected_is_not_kept() -> None:
+    async def test() -> None:
+        end = _End()
+        end.connection.hang_up("too many")
+        await end.open()
+        assert await end.end() == "too many"
+
+    _run(test())
+
+
 def test_a_beat_to_one_that_is_gone_does_no_harm() -> None:
     async def test() -> None:
         end = await _End().open()
