@@ -15,8 +15,9 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from launcher.config import load_run_config
@@ -42,6 +43,7 @@ async def supervise(job: Job, *, stop: StopAsked | None = None) -> JobEnd:
     """Runs the job to its end; returns how it ended. Hears stop signals, where nobody else does (`stop`): to be run in the
     main thread, by the process that holds the run's lock. Nothing of the job runs any more when it returns or raises, as far
     as hosts can be reached."""
+    job = replace(job, say=partial(_say_if_read, job.say))
     state = await asyncio.to_thread(_first_state, job)
     journal = Journal(job.run, state, say=job.say)
     hearing = StopAsked(job.say) if stop is None else contextlib.nullcontext(stop)
@@ -56,6 +58,12 @@ async def supervise(job: Job, *, stop: StopAsked | None = None) -> JobEnd:
         finally:
             alive.cancel()
             await asyncio.gather(alive, return_exceptions=True)
+
+
+def _say_if_read(say: Callable[[str], None], text: str) -> None:
+    """A terminal that is gone ends no job: what it would have shown stands in the events."""
+    with contextlib.suppress(OSError):
+        say(text)
 
 
 def _first_state(job: Job) -> SupervisorState:

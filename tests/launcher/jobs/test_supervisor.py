@@ -56,6 +56,18 @@ def test_a_run_that_goes_well_is_told_from_launch_to_done(tmp_path: Path) -> Non
     assert job.said[0] == f"attempt 1: 4 ranks on a, b; logs: {job.root / 'logs' / 'attempt-1'}"
 
 
+def test_a_terminal_that_is_gone_ends_nothing(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["a"], "print('hello', flush=True)\nif attempt == 1:\n    sys.exit(5)")
+
+    class Gone(list[str]):
+        def append(self, text: str) -> None:
+            raise BrokenPipeError
+
+    job.said, job.shown = Gone(), Gone()
+    assert job.supervise().exit_code == 0
+    assert job.state().restarts == 1
+
+
 def test_after_a_kill_the_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     job = MadeUpJob(
         tmp_path,
