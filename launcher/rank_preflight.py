@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.fabric_place import fabric_place
-from launcher.jobs.protocol import ATTEMPT, PREFLIGHT
+from launcher.jobs.protocol import ATTEMPT, CHOSEN, PREFLIGHT
 
 if TYPE_CHECKING:
     from cluster.fabric.measured.fabric import MeasuredFabric
@@ -97,7 +97,7 @@ def _facts(
         packages=OWN_PACKAGES,
         local_rank=place.local_rank,
         network=network,
-        not_compared=chosen,
+        not_compared=(*chosen, *environ.get(CHOSEN, "").split(",")),
     )
 
 

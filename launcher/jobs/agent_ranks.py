@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.child_ranks import ChildRank, start_child, threads_of_a_rank
 from launcher.failure_record import FailureRecord
-from launcher.jobs.protocol import HEAD, HOST_NAME, TOKEN, Ended, Start
+from launcher.jobs.protocol import CHOSEN, HEAD, HOST_NAME, TOKEN, Ended, Start
 from launcher.jobs.rank_logs import CappedLog, LineQueue, LineSplitter, LogWriter, as_text
 from launcher.rank_process import stop_signals
 
@@ -235,7 +235,8 @@ class AgentRanks:
 def rank_environ(environ: Mapping[str, str], order: Start, *, host: str, num_cores: int) -> dict[str, str]:
     """The environment that all ranks of `order` share, made from the agent's. `num_cores`: those that the agent may use."""
     hidden = _MPI_PLACE if len(order.ranks) > 1 else ()
-    kept = {name: value for name, value in environ.items() if name not in (HEAD, TOKEN) and not name.startswith(hidden)}
+    own = (HEAD, TOKEN, CHOSEN)
+    kept = {name: value for name, value in environ.items() if name not in own and not name.startswith(hidden)}
     merged = {**kept, **order.environ}
     # One of several agents of a host either has cores of its own, or shares all of them with the others' ranks.
     is_bound = num_cores < (os.cpu_count() or num_cores)
@@ -248,6 +249,7 @@ def rank_environ(environ: Mapping[str, str], order: Start, *, host: str, num_cor
         "MASTER_PORT": str(order.master_port),
         "OMP_NUM_THREADS": threads_of_a_rank(merged, num_cores=num_cores, num_ranks=sharing),
         HOST_NAME: host,
+        **({} if merged.get("OMP_NUM_THREADS") else {CHOSEN: "OMP_NUM_THREADS"}),
     }
 
 

@@ -27,6 +27,8 @@ HOST_NAME = "MEGA_HOST_NAME"
 """Name of the host as the job knows it. For an agent: where set, it counts instead of the host's own name."""
 PREFLIGHT = "MEGA_PREFLIGHT"
 """For a rank: file into which the outcome of preflight is written; where set, there is one."""
+CHOSEN = "MEGA_CHOSEN"
+"""For a rank: names of the variables that its agent has set by what its host has, separated by commas. Hosts may differ."""
 
 LONGEST_HELLO, LONGEST_LINE = 1 << 16, 1 << 26
 """Bytes of a line: of one who has not said yet who it is, and of one who has."""

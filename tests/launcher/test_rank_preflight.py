@@ -76,6 +76,13 @@ def test_ranks_that_differ_end_with_3_all_of_them_and_the_verdict_is_written(tin
     assert not (tiny.parent / "runs" / "tiny" / "config.toml").exists(), "nothing was trained"
 
 
+def test_hosts_with_other_numbers_of_cores_have_other_numbers_of_threads(tiny: Path) -> None:
+    threads = [{"OMP_NUM_THREADS": number, "MEGA_CHOSEN": "OMP_NUM_THREADS"} for number in ("1", "2")]
+    ended = ranks_on_hosts(["train", str(tiny), *QUICK], *threads, verdict=tiny.parent / "preflight.json")
+    assert [one.code for one in ended] == [0, 0], ended[0].err
+    assert verdict(tiny.parent)["findings"] == []
+
+
 def test_where_it_only_warns_the_run_goes_on(tiny: Path) -> None:
     words = ["train", str(tiny), *QUICK, "--set", "launch.preflight.on_bad_host=warn"]
     ended = ranks_on_hosts(words, {}, {"NCCL_IB_TC": "106"}, verdict=tiny.parent / "preflight.json")

@@ -37,7 +37,8 @@ def test_only_variables_that_matter_to_all_ranks_alike_are_told() -> None:
         "TORCH_LOGS": "",
     }
     others = {"HOME": "/root", "AWS_SECRET_ACCESS_KEY": "x", "MEGA_JOB_TOKEN": "x", "MY_NCCL_X": "1", "FIREFLY": "1"}
-    of_one_rank = {"CUDA_VISIBLE_DEVICES": "3", "TORCHELASTIC_RUN_ID": "7", "NCCL_DEBUG_FILE": "/tmp/3.log"}
+    devices = {"CUDA_VISIBLE_DEVICES": "3", "ROCR_VISIBLE_DEVICES": "3", "NVIDIA_VISIBLE_DEVICES": "GPU-3"}
+    of_one_rank = {**devices, "TORCHELASTIC_RUN_ID": "7", "NCCL_DEBUG_FILE": "/tmp/3.log"}
     assert environment({**matter, **others, **of_one_rank}) == matter
     assert "NCCL_IB_TC" not in environment(matter, not_compared=("NCCL_IB_TC",))
 

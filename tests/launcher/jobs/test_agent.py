@@ -18,7 +18,19 @@ from launcher.errors import ConfigError, RunError
 from launcher.jobs.agent import Agent, AgentPlace, read_place
 from launcher.jobs.agent_ranks import rank_environ
 from launcher.jobs.head import Attempt, Head, HostLost, RankEnded, RanksPlan
-from launcher.jobs.protocol import HEAD, HOST_NAME, LONGEST_LINE, TOKEN, Ended, Lines, Start, Welcome, decode, encode
+from launcher.jobs.protocol import (
+    CHOSEN,
+    HEAD,
+    HOST_NAME,
+    LONGEST_LINE,
+    TOKEN,
+    Ended,
+    Lines,
+    Start,
+    Welcome,
+    decode,
+    encode,
+)
 from tests.launcher.conftest import Mega
 from tests.launcher.jobs.fake_agent import in_time
 
@@ -724,3 +736,10 @@ def test_ranks_share_the_cores_unless_the_user_says_otherwise(job: Job, monkeypa
     assert threads((0,), 4, 4) == "4"  # one agent a rank, each on cores of its own
     assert threads((0, 1, 2, 3), 4, 2) == "1"
     assert threads((0, 1), 2, 16, OMP_NUM_THREADS="3") == "3"
+
+
+def test_a_rank_knows_whether_its_host_or_the_user_has_set_its_threads(job: Job) -> None:
+    order = _order(job, ("x",))
+    assert rank_environ({"OMP_NUM_THREADS": ""}, order, host="n1", num_cores=2)[CHOSEN] == "OMP_NUM_THREADS"
+    inherited = {"OMP_NUM_THREADS": "3", CHOSEN: "OMP_NUM_THREADS"}
+    assert CHOSEN not in rank_environ(inherited, order, host="n1", num_cores=2)
