@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.fabric.analysis.sentences import names_in_words
 from cluster.fabric.findings import Finding, hosts_to_exclude
-from cluster.preflight.differences import DEVICES, MOST_NAMED, NETWORK, Hosts, differences, without_all
+from cluster.preflight.differences import DEVICES, DRIVERS, MOST_NAMED, NETWORK, Hosts, differences, without_all
 from cluster.preflight.verdict import PreflightFinding
 
 _SLOW_DEVICE = 1.25
@@ -58,7 +58,8 @@ def device_findings(devices: Mapping[int, Mapping[str, Any]], hosts: Hosts) -> l
 
 
 def card_findings(cards: Mapping[int, Sequence[Mapping[str, str]]], hosts: Hosts) -> list[PreflightFinding]:
-    """Of what nvidia-smi says on each host, by a rank of it: errors of memory, and differences between hosts."""
+    """Of what nvidia-smi says on each host, by a rank of it: errors of memory, and differences between hosts.
+    Drivers and modes of ECC that differ are a warning."""
     findings = []
     for rank, of_host in sorted(cards.items()):
         broken = {
@@ -79,15 +80,11 @@ def card_findings(cards: Mapping[int, Sequence[Mapping[str, str]]], hosts: Hosts
                     evidence={"uncorrected": {str(index): count for index, count in broken.items()}},
                 )
             )
-    told = {
-        rank: {
-            "GPUs that nvidia-smi lists": str(len(of_host)),
-            "driver": _each(of_host, "driver"),
-            "ECC": _each(of_host, "ecc"),
-        }
-        for rank, of_host in cards.items()
+    listed = {rank: {"GPUs that nvidia-smi lists": str(len(of_host))} for rank, of_host in cards.items()}
+    drivers = {
+        rank: {"driver": _each(of_host, "driver"), "ECC": _each(of_host, "ecc")} for rank, of_host in cards.items()
     }
-    return [*findings, *differences(told, hosts, DEVICES)]
+    return [*findings, *differences(listed, hosts, DEVICES), *differences(drivers, hosts, DRIVERS)]
 
 
 def disk_findings(
@@ -185,7 +182,8 @@ def clock_findings(offsets: Mapping[int, ClockOffset], hosts: Hosts, *, most_s: 
 
 
 def network_findings(networks: Mapping[int, Mapping[str, Any]], hosts: Hosts) -> list[PreflightFinding]:
-    """Hosts, by a rank of each, that lack the network that is asked for, or have another one than most."""
+    """Hosts, by a rank of each, that lack the network that is asked for, or have another one than most. The speed of an
+    interface counts where training itself uses it: elsewhere ranks only find one another by it."""
     lacking = {rank: network["error"] for rank, network in sorted(networks.items()) if network.get("error")}
     findings = [
         PreflightFinding(
@@ -198,16 +196,12 @@ def network_findings(networks: Mapping[int, Mapping[str, Any]], hosts: Hosts) ->
         )
         for rank, error in lacking.items()
     ]
-    told = {
-        rank: {
-            "ports": _ports_in_words(network),
-            "speed of its interface": f"{network['interface_mbit']} Mbit/s"
-            if network.get("interface_mbit")
-            else "unknown",
-        }
-        for rank, network in networks.items()
-        if "has" in network
-    }
+    known = {rank: network for rank, network in networks.items() if "has" in network}
+    told = {rank: {"ports": _ports_in_words(network)} for rank, network in known.items()}
+    if all(network["kind"] == "socket" for network in known.values()):
+        for rank, network in known.items():
+            speed = network["interface_mbit"]
+            told[rank]["speed of its interface"] = f"{speed} Mbit/s" if speed else "unknown"
     for finding in differences(told, hosts, NETWORK):
         unused = [
             f"{port} is not used on {hosts[rank]}: {reason}"

@@ -6,19 +6,25 @@ is no such half: then nobody can say who is wrong, and the finding names no bad 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.fabric.analysis.sentences import names_in_words
-from cluster.preflight.verdict import PreflightFinding, PreflightKind
+from cluster.preflight.verdict import PreflightFinding, PreflightKind, Severity
 
 Hosts = Mapping[int, str]
 """Host of each rank."""
 MOST_NAMED = 4
 """In a sentence. The evidence has all."""
 _LONGEST_VALUE = 120
+_TRAINS_WITH = re.compile(
+    r"(torch|triton|numpy|pydantic|pydantic-core|safetensors|tokenizers|transformers|datasets|deepspeed|mpi4py)$"
+    r"|pytorch-triton|nvidia-(?!ml-py)"
+)
+"""Distributions whose code computes, communicates, or reads data and configurations in a rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class Topic:
     """Of a value that a rank lacks."""
     tells_values: bool = True
     """Whether values mean something to people."""
+    severity: Severity = "error"
+    """Of a difference."""
 
 
 VERSIONS = Topic(
@@ -44,6 +52,8 @@ PACKAGES = Topic(
     mend="Install the same on all hosts, or use one container image.",
     absent="not installed",
 )
+OTHER_PACKAGES = replace(PACKAGES, severity="warning")
+"""Those that no rank computes with: an editor's tools on one host harm nobody."""
 SOURCES = Topic(
     kind="source",
     what="the source file {}",
@@ -57,13 +67,28 @@ ENVIRONMENT = Topic(
     absent="not set",
 )
 DEVICES = Topic(kind="device", what="the device: {}", mend="Use hosts of one kind, and look at nvidia-smi there.")
+DRIVERS = replace(DEVICES, severity="warning")
+"""What may differ in a cluster that is renewed host by host, and trains."""
 NETWORK = Topic(kind="network", what="the network: {}", mend="Look at ibstat, at cables and at switch ports there.")
 TOPICS: Mapping[str, Topic] = {
     "versions": VERSIONS,
     "sources": SOURCES,
-    "packages": PACKAGES,
     "environment": ENVIRONMENT,
 }
+
+
+def section_differences(section: str, values: Mapping[int, Mapping[str, str]], hosts: Hosts) -> list[PreflightFinding]:
+    """`differences` in a section of what ranks say of themselves. Of packages those that ranks train with are errors."""
+    if section != "packages":
+        return differences(values, hosts, TOPICS[section])
+    kinds: list[dict[int, dict[str, str]]] = [
+        {
+            rank: {name: version for name, version in told.items() if bool(_TRAINS_WITH.match(name)) == trains}
+            for rank, told in values.items()
+        }
+        for trains in (True, False)
+    ]
+    return [*differences(kinds[0], hosts, PACKAGES), *differences(kinds[1], hosts, OTHER_PACKAGES)]
 
 
 def differences(values: Mapping[int, Mapping[str, str]], hosts: Hosts, topic: Topic) -> list[PreflightFinding]:
@@ -122,7 +147,8 @@ def _deviating(
         kind=topic.kind,
         hosts=names,
         ranks=deviants,
-        bad_hosts=without_all(names, hosts),
+        bad_hosts=without_all(names, hosts) if topic.severity == "error" else (),
+        severity=topic.severity,
         sentence=f"{whom} in {_listing(differing, said, topic)}. {topic.mend}",
         evidence=_evidence(differing, hosts),
     )
@@ -142,6 +168,7 @@ def _undecided(differing: Mapping[str, Mapping[int, str]], hosts: Hosts, topic: 
         kind=topic.kind,
         hosts=tuple(dict.fromkeys(hosts[rank] for rank in ranks)),
         ranks=ranks,
+        severity=topic.severity,
         sentence=f"Ranks differ, and nobody can say which are right, in {_listing(differing, said, topic)}. {topic.mend}",
         evidence=_evidence(differing, hosts),
     )

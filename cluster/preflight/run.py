@@ -26,7 +26,7 @@ from cluster.preflight.checks import (
     network_findings,
     sharing_findings,
 )
-from cluster.preflight.differences import TOPICS, Hosts, differences, without_all
+from cluster.preflight.differences import Hosts, section_differences, without_all
 from cluster.preflight.facts import FROM_RANK_0, SECTIONS, write_error
 from cluster.preflight.verdict import PreflightFinding, PreflightVerdict
 
@@ -119,7 +119,7 @@ class _Preflight:
                 asked = {rank: self._hosts[rank] for rank in one_of_each.values()}
                 told = self._ask(asked, f"comparing {section}", ask="section", section=section)
                 values = {rank: told[one_of_each[found]]["values"] for rank, found in hashes.items()}
-                self._findings += differences(values, self._hosts, TOPICS[section])
+                self._findings += section_differences(section, values, self._hosts)
         self._findings += device_findings({rank: answer["device"] for rank, answer in said.items()}, self._hosts)
         networks = {rank: said[rank]["network"] for rank in self._leaders}
         self._findings += network_findings(networks, self._leaders)

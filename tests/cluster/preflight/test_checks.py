@@ -73,9 +73,11 @@ def test_what_nvidia_smi_says_is_compared_and_broken_memory_is_told() -> None:
     assert broken.bad_hosts == ("n1",)
     assert "n1 has had errors of GPU memory that ECC could not correct: 3 on GPU 1. Reset the GPU" in broken.sentence
     other = the_one(card_findings({**cards, 3: [{**CARD, "driver": "550.2", "ecc": "Disabled"}] * 8}, FOUR))
+    assert (other.severity, other.hosts, other.bad_hosts) == ("warning", ("n3",), ())
     assert "ECC (Disabled there, and Enabled elsewhere) and driver (550.2 there, and 570.1" in other.sentence
     fallen_off = the_one(card_findings({**cards, 0: [CARD] * 7}, FOUR))
     assert "GPUs that nvidia-smi lists (7 there, and 8 elsewhere)" in fallen_off.sentence
+    assert (fallen_off.severity, fallen_off.bad_hosts) == ("error", ("n0",))
 
 
 def test_a_host_with_a_full_disk_is_bad_and_a_full_shared_disk_is_nobodys() -> None:
@@ -147,11 +149,16 @@ def test_a_host_with_a_port_down_is_bad_and_told_why() -> None:
 
 
 def test_an_interface_that_came_up_slower_is_told() -> None:
+    tcp = {**PORTS, "kind": "socket", "has": {}}
+    networks = {rank: {**tcp, "interface_mbit": 1000 if rank == 1 else 100000} for rank in range(4)}
+    finding = the_one(network_findings(networks, FOUR))
+    assert "speed of its interface (1000 Mbit/s there, and 100000 Mbit/s" in finding.sentence
+    assert finding.bad_hosts == ("n1",)
+
+
+def test_an_interface_that_carries_no_gradients_may_be_of_any_speed() -> None:
     networks = {rank: {**PORTS, "interface_mbit": 1000 if rank == 1 else 100000} for rank in range(4)}
-    assert (
-        "speed of its interface (1000 Mbit/s there, and 100000 Mbit/s"
-        in the_one(network_findings(networks, FOUR)).sentence
-    )
+    assert network_findings(networks, FOUR) == []
 
 
 def test_a_host_without_the_network_that_is_asked_for_is_bad_unless_all_lack_it() -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from cluster.preflight.differences import ENVIRONMENT, PACKAGES, SOURCES, VERSIONS, differences
+from cluster.preflight.differences import (
+    ENVIRONMENT,
+    PACKAGES,
+    SOURCES,
+    VERSIONS,
+    differences,
+    section_differences,
+)
 from cluster.preflight.verdict import PreflightFinding
 
 FOUR = {rank: f"n{rank}" for rank in range(4)}
@@ -50,6 +57,29 @@ def test_one_rank_of_a_host_is_told_by_its_number() -> None:
         "n1 (rank 3) differs from the others in the installed package transformers (not installed there, and 5.0 elsewhere)"
     )
     assert finding.bad_hosts == ("n1",)
+
+
+def test_a_package_that_no_rank_trains_with_may_differ() -> None:
+    values = {rank: {"tokenizers": "0.22", "nvidia-cublas": "13.0", "black": "25.1"} for rank in range(4)}
+    assert section_differences("packages", values, FOUR) == []
+    values[1] |= {"black": "24.0", "nvidia-ml-py": "13.5"}
+    harmless = the_one(section_differences("packages", values, FOUR))
+    assert (harmless.kind, harmless.severity) == ("package", "warning")
+    assert (harmless.hosts, harmless.bad_hosts) == (("n1",), ())
+    assert "black (24.0 there, and 25.1 elsewhere) and nvidia-ml-py (13.5 there, and not installed" in harmless.sentence
+    halves = {rank: {"black": f"{rank // 2}"} for rank in range(4)}
+    assert the_one(section_differences("packages", halves, FOUR)).severity == "warning"
+    values[2] |= {"nvidia-cublas": "12.9", "tokenizers": "0.21"}
+    harmful, _ = section_differences("packages", values, FOUR)
+    assert (harmful.severity, harmful.bad_hosts) == ("error", ("n2",))
+    assert "nvidia-cublas (12.9 there, and 13.0 elsewhere) and tokenizers (0.21 there" in harmful.sentence
+
+
+def test_other_sections_stop_a_run() -> None:
+    values = {rank: {"torch": "2.13.0"} for rank in range(4)}
+    values[1] = {"torch": "2.12.0"}
+    finding = the_one(section_differences("versions", values, FOUR))
+    assert (finding.kind, finding.severity, finding.bad_hosts) == ("version", "error", ("n1",))
 
 
 def test_of_two_halves_nobody_can_say_which_is_right() -> None:

@@ -34,7 +34,10 @@ def preflight(
 ) -> tuple[dict[str, Any] | None, Any]:
     """The verdict as data on rank 0, and what this rank has heard of it."""
     facts = RankFacts(
-        environ={"NCCL_IB_TC": "106"}, packages=("cluster",), local_rank=0, network={"has": {}, "interface_mbit": None}
+        environ={"NCCL_IB_TC": "106"},
+        packages=("cluster",),
+        local_rank=0,
+        network={"kind": "socket", "has": {}, "interface_mbit": None},
     )
     limits: dict[str, Any] = {"max_clock_offset_s": 5.0, "min_free_bytes": 0.0, "measures_fabric": False, **settings}
     place = FabricPlace(
@@ -96,7 +99,7 @@ def with_differences(world: World, directory: str) -> Any:
                 said["hashes"]["environment"] = "another"
                 said["device"]["error"] = "1 of 512 rows of a float32 matrix product are wrong"
             if rank == 2:
-                said["network"] = {"has": {}, "interface_mbit": 1000}
+                said["network"] = {"kind": "socket", "has": {}, "interface_mbit": 1000}
         if question["ask"] == "clock" and rank == 2:
             said["time"] -= 3600.0
         if question["ask"] == "host" and rank == 2:
