@@ -49,7 +49,7 @@ def shortened(command: str) -> str:
     """The command as the test runs it."""
     if command.startswith("make train"):
         return f'make train ARGS="{_SHORT}"'
-    if "train configs/quickstart.toml" in command:
+    if "train configs/quickstart.toml" in command or "launch configs/quickstart.toml" in command:
         return f"{command} {_SHORT}"
     return command
 
