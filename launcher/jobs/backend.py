@@ -52,6 +52,11 @@ class Backend(Protocol):
         """Hosts that could take part now, in the order of their ranks; those that are down are left out."""
         ...
 
+    async def possible_hosts(self) -> Sequence[str]:
+        """Hosts that could be there, now or later in this start of the job: those that are down now too. Who is not among
+        them does not come back. Raises `launcher.errors.RunError` where that is not known now."""
+        ...
+
     async def start(self, start: AgentsStart) -> Agents:
         """Raises `launcher.errors.RunError` where nothing could be started."""
         ...

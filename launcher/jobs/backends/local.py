@@ -28,6 +28,10 @@ class LocalBackend:
         """This one."""
         return (self._host,)
 
+    async def possible_hosts(self) -> Sequence[str]:
+        """This one."""
+        return (self._host,)
+
     async def start(self, start: AgentsStart) -> Agents:
         """Starts the agent."""
         # A name that the environment brings along, as in a job of SLURM, need not be this one.

@@ -48,6 +48,10 @@ class MpiBackend:
         """All that are listed."""
         return self._hosts
 
+    async def possible_hosts(self) -> Sequence[str]:
+        """All that are listed."""
+        return self._hosts
+
     async def start(self, start: AgentsStart) -> Agents:
         """Starts mpirun. Raises RunError where there is none, or one that is not known here."""
         program = self._program or find_mpirun(self._environ)

@@ -107,6 +107,10 @@ class SlurmBackend:
         job = await show_job(self._job_id, self._environ)
         return await usable_hosts(job.hosts, self._environ)
 
+    async def possible_hosts(self) -> Sequence[str]:
+        """Those that the job has now: one that SLURM has given up leaves it for good."""
+        return (await show_job(self._job_id, self._environ)).hosts
+
     async def start(self, start: AgentsStart) -> Agents:
         """Starts a step with the agents."""
         name = f"attempt-{start.environ[ATTEMPT]}"

@@ -115,6 +115,8 @@ class MadeUpHosts:
 
     def __init__(self, hosts: Sequence[str], environ: dict[str, str]) -> None:
         self.there = list(hosts)
+        self.possible = list(hosts)
+        """Hosts that could come back."""
         self.absent: set[str] = set()
         """Hosts that are there, as it seems, and from which no agent comes."""
         self.task_per_rank = False
@@ -129,6 +131,9 @@ class MadeUpHosts:
 
     async def hosts(self) -> Sequence[str]:
         return tuple(self.there)
+
+    async def possible_hosts(self) -> Sequence[str]:
+        return tuple(self.possible)
 
     async def start(self, start: AgentsStart) -> Agents:
         self.starts.append(tuple(start.hosts))

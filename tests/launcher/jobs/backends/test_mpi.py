@@ -55,6 +55,7 @@ def test_the_job_and_the_settings_of_libraries_are_handed_on_and_no_value_is_sho
         program=_program(tmp_path, "mpirun (Open MPI) 5.0.11"),
     )
     assert asyncio.run(backend.hosts()) == ("n0", "n1")
+    assert asyncio.run(backend.possible_hosts()) == ("n0", "n1")
     called, *seen = _start(backend, tmp_path, ["n1"]).splitlines()
     assert "--host n1:1 " in called
     assert "-x MEGA_JOB_TOKEN -x NCCL_DEBUG -x PATH -x PYTHONPATH " in called

@@ -77,6 +77,16 @@ def test_hosts_are_those_that_the_job_still_has(fake_slurm: FakeSlurm, tmp_path:
         run(case.backend.hosts())
 
 
+def test_a_host_that_has_left_the_job_does_not_come_back(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    case = Case(tmp_path, SLURM_JOB_NODELIST="n[1-4]")
+    fake_slurm.job(NodeList="n[1,3-4]")
+    fake_slurm.program("sinfo", r'printf "n1|mixed\nn3|down*\nn4|allocated\n"')
+    assert run(case.backend.possible_hosts()) == ("n1", "n3", "n4")
+    fake_slurm.program("scontrol", "exit 1")
+    with pytest.raises(RunError, match="job 7"):
+        run(case.backend.possible_hosts())
+
+
 def test_a_step_has_agents_on_the_hosts_and_their_environment(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     case = Case(tmp_path, SlurmConfig(mpi="pmix"), SLURM_NTASKS="2")
     assert case.backend.task_per_rank
