@@ -26,6 +26,8 @@ _RDMA: tuple[NetworkKind, ...] = ("infiniband", "roce")
 """The better first."""
 _WORDS: Mapping[NetworkKind | None, str] = {"infiniband": "InfiniBand", "roce": "RoCE v2"}
 _DEVICES = "sys/class/infiniband"
+_VERBS = "dev/infiniband"
+_PLUG_IN = "libnccl-net.so"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ class NetworkChoice:
     """Network interface by which ranks find one another; None where all are on this host."""
     interface_mbit: int | None = None
     """Mbit/s of it, where the driver knows."""
+    notes: tuple[str, ...] = ()
+    """What people should know beside: sentences."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -100,6 +104,7 @@ class NetworkChoice:
             "interface_mbit": self.interface_mbit,
             "settings": {setting.name: setting.value for setting in self.settings},
             "kept": {setting.name: setting.value for setting in self.kept},
+            "notes": list(self.notes),
         }
 
 
@@ -139,6 +144,7 @@ def choose_network(
     *,
     host: str,
     interface: str | None = None,
+    on_gpus: bool = True,
     root: Path = Path("/"),
 ) -> NetworkChoice:
     """What to use on this host, and the settings for it.
@@ -149,16 +155,21 @@ def choose_network(
         host: name of this host, for errors.
         interface: by which the hosts of the run find one another; None where all ranks are on one host, which then needs no
             settings for it.
-        root: folder below which `sys`, `proc` and `etc` lie.
+        on_gpus: whether ranks train on GPUs. On processors gloo moves their data, over TCP, and opens no RDMA device.
+        root: folder below which `sys`, `proc`, `dev`, `etc` and the folders of LD_LIBRARY_PATH lie.
 
     Raises:
-        NetworkError: InfiniBand or RoCE is wanted, and no port here can do it, or what is set forbids it.
+        NetworkError: InfiniBand or RoCE is wanted, and no port here can do it, or what is set forbids it; or it is to be used,
+            and programs cannot open its devices.
     """
     ports = read_ports(root)
     kind = _kind(wanted, ports, environ, host)
     used, left_out = _used(kind, ports)
-    proposed = [*_transport(wanted, kind, used, environ), *_bootstrap(interface)]
     given = {**_nccl_conf(root, environ), **environ}
+    if kind in _RDMA and on_gpus:
+        _check_devices(wanted, kind, used, given, host, root)
+    plug_in = None if "NCCL_NET_PLUGIN" in given else _plug_in(environ, root)
+    proposed = [*_transport(wanted, kind, used, given, has_plug_in=plug_in is not None), *_bootstrap(interface)]
     # Of the older name torch says that it is deprecated, and follows it.
     aliases = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "NCCL_ASYNC_ERROR_HANDLING"}
     settings: list[Setting] = []
@@ -179,6 +190,7 @@ def choose_network(
         left_out=left_out,
         interface=interface,
         interface_mbit=speed if speed and speed > 0 else None,  # -1 where the driver does not know
+        notes=_notes(kind, plug_in, given, host),
     )
 
 
@@ -202,6 +214,36 @@ def _kind(wanted: Wanted, ports: Sequence[Port], environ: Mapping[str, str], hos
             'driver (ibstat), or set launch.network = "auto"'
         )
     return wanted
+
+
+def _check_devices(
+    wanted: Wanted, kind: NetworkKind, used: Sequence[Port], given: Mapping[str, str], host: str, root: Path
+) -> None:
+    """Raises NetworkError where ports are seen and cannot be opened: a container shows its host's /sys, and not its /dev."""
+    if given.get("NCCL_NET", "IB") != "IB":  # someone has taken another way
+        return
+    if not any(name.startswith("uverbs") for name in Sources(root).names(_VERBS)):
+        raise NetworkError(
+            f'{host}: launch.network = "{wanted}" uses {_WORDS[kind]} ({", ".join(port.name for port in used)}), and there is no '
+            f"/{_VERBS}/uverbs* to open it by: load ib_uverbs, or start the container with /{_VERBS} (docker, podman: --device "
+            f'/{_VERBS}; apptainer: --bind /{_VERBS}). launch.network = "socket" trains over TCP, far slower'
+        )
+
+
+def _plug_in(environ: Mapping[str, str], root: Path) -> str | None:
+    """The network plug-in that NCCL finds by itself."""
+    folders = [folder for folder in environ.get("LD_LIBRARY_PATH", "").split(":") if folder.startswith("/")]
+    paths = (f"{folder.rstrip('/')}/{_PLUG_IN}" for folder in folders)
+    return next((path for path in paths if Sources(root).has(path.lstrip("/"))), None)
+
+
+def _notes(kind: NetworkKind, plug_in: str | None, given: Mapping[str, str], host: str) -> tuple[str, ...]:
+    if kind not in _RDMA or plug_in is None or "NCCL_NET" in given:
+        return ()
+    return (
+        f"{host}: NCCL loads {plug_in} (LD_LIBRARY_PATH), and may use its network instead of {_WORDS[kind]}: NCCL_NET is "
+        "left open, so look in NCCL's own log (NCCL_DEBUG=INFO) which one it takes; NCCL_NET_PLUGIN=none shuts it out",
+    )
 
 
 def _candidates(kind: NetworkKind, ports: Sequence[Port]) -> list[Port]:
@@ -231,8 +273,10 @@ def _used(kind: NetworkKind, ports: Sequence[Port]) -> tuple[tuple[Port, ...], d
     return used, left_out
 
 
-def _transport(wanted: Wanted, kind: NetworkKind, used: Sequence[Port], environ: Mapping[str, str]) -> list[Setting]:
-    """How NCCL moves data between hosts."""
+def _transport(
+    wanted: Wanted, kind: NetworkKind, used: Sequence[Port], given: Mapping[str, str], *, has_plug_in: bool
+) -> list[Setting]:
+    """How NCCL moves data between hosts. A plug-in of the site's has a network of its own, by another name."""
     settings = [
         Setting(
             name="TORCH_NCCL_ASYNC_ERROR_HANDLING",
@@ -245,7 +289,7 @@ def _transport(wanted: Wanted, kind: NetworkKind, used: Sequence[Port], environ:
         if wanted == "socket":
             settings.append(Setting(name="NCCL_NET", value="Socket", reason='launch.network = "socket"'))
         return settings
-    if environ.get("NCCL_NET_PLUGIN", "none") == "none":
+    if given.get("NCCL_NET_PLUGIN", "none") == "none" and not has_plug_in:
         settings.append(
             Setting(
                 name="NCCL_NET", value="IB", reason=f"without {_WORDS[kind]} NCCL fails, and never falls back to TCP"
@@ -259,7 +303,7 @@ def _transport(wanted: Wanted, kind: NetworkKind, used: Sequence[Port], environ:
             reason=f"exactly the active {_WORDS[kind]} ports of {used[0].rate_gbit:g} Gbit/s",
         )
     )
-    if kind == "roce" and "NCCL_IB_GID_INDEX" not in environ and not all(port.has_roce_ipv4 for port in used):
+    if kind == "roce" and "NCCL_IB_GID_INDEX" not in given and not all(port.has_roce_ipv4 for port in used):
         # NCCL finds the index of the address itself since 2.21, which is older than any torch that runs here; but it looks
         # for one of IPv4, and takes one that cannot be routed where there is none.
         settings.append(

@@ -44,11 +44,14 @@ def preflighted(environ: MutableMapping[str, str], config: RunConfig, *, say: Ca
     choice: NetworkChoice | None = None
     network: dict[str, Any] = {}
     try:
-        choice = _settle_network(environ, config.launch.network, place.host)
+        choice = _settle_network(environ, config, place.host)
     except NetworkError as error:
         if PREFLIGHT not in environ:
             raise
         network = {"error": str(error)}  # which the others, and the supervisor, are to hear of
+    if choice is not None and place.rank == 0:
+        for note in choice.notes:
+            say(note)
     if PREFLIGHT not in environ:
         yield
         return
@@ -71,12 +74,17 @@ def preflighted(environ: MutableMapping[str, str], config: RunConfig, *, say: Ca
 
 def describe_rank(place: FabricPlace, *, root: Path = Path("/")) -> RankFacts:
     """What this rank says of itself, where no job has settled its network: what `launch.network = "auto"` would choose."""
-    choice = network_of(os.environ, "auto", place.host, root=root)
+    from cluster.errors import NetworkError
+
+    try:
+        choice = network_of(os.environ, "auto", place.host, root=root)
+    except NetworkError as error:
+        return _facts(os.environ, place, {"error": str(error)})
     return _facts(os.environ, place, {} if choice is None else choice.as_data())
 
 
 def network_of(
-    environ: Mapping[str, str], wanted: Wanted, host: str, *, root: Path = Path("/")
+    environ: Mapping[str, str], wanted: Wanted, host: str, *, on_gpus: bool = True, root: Path = Path("/")
 ) -> NetworkChoice | None:
     """What the ranks of this host are to use between hosts; None where all ranks are on it. Raises NetworkError."""
     if environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"]) == environ["WORLD_SIZE"]:
@@ -84,7 +92,7 @@ def network_of(
     from cluster.network_settings import choose_network, interface_towards
 
     interface = interface_towards(environ.get("MASTER_ADDR", ""), root=root)
-    return choose_network(wanted, environ, host=host, interface=interface, root=root)
+    return choose_network(wanted, environ, host=host, interface=interface, on_gpus=on_gpus, root=root)
 
 
 def _facts(
@@ -101,8 +109,8 @@ def _facts(
     )
 
 
-def _settle_network(environ: MutableMapping[str, str], wanted: Wanted, host: str) -> NetworkChoice | None:
-    choice = network_of(environ, wanted, host)
+def _settle_network(environ: MutableMapping[str, str], config: RunConfig, host: str) -> NetworkChoice | None:
+    choice = network_of(environ, config.launch.network, host, on_gpus=config.run.device != "cpu")
     if choice is not None:
         environ.update(choice.environment)
     return choice

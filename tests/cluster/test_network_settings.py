@@ -18,7 +18,7 @@ EMPTY = "0000:0000:0000:0000:0000:0000:0000:0000"
 
 
 class Host:
-    """Files of a host below a folder."""
+    """Files of a host below a folder. One with a port has what it takes to open it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -40,6 +40,7 @@ class Host:
         pci: str | None = None,
     ) -> None:
         device, _, number = name.partition(":")
+        self.write("dev/infiniband/uverbs0", "")
         folder = f"sys/class/infiniband/{device}/ports/{number}"
         files = {"link_layer": layer, "state": state, "phys_state": physical, "rate": f"{gbit} Gb/sec (4X NDR)"}
         for file, text in files.items():
@@ -161,6 +162,45 @@ def test_a_plug_in_that_the_user_names_is_not_shut_out(host: Host) -> None:
     host.port("mlx5_0:1")
     assert "NCCL_NET" not in host.choose(NCCL_NET_PLUGIN="aws-ofi").environment
     assert host.choose(NCCL_NET_PLUGIN="none").environment["NCCL_NET"] == "IB"
+
+
+def test_a_plug_in_that_nccl_finds_by_itself_is_not_shut_out_and_that_is_said(host: Host) -> None:
+    host.port("mlx5_0:1")
+    host.write("opt/nccl/lib/libnccl-net.so", "")
+    path = "relative:/usr/lib:/opt/nccl/lib/"
+    chosen = host.choose(LD_LIBRARY_PATH=path)
+    assert "NCCL_NET" not in chosen.environment
+    assert chosen.environment["NCCL_IB_HCA"] == "=mlx5_0:1"
+    assert chosen.notes == (
+        "n3: NCCL loads /opt/nccl/lib/libnccl-net.so (LD_LIBRARY_PATH), and may use its network instead of InfiniBand: NCCL_NET "
+        "is left open, so look in NCCL's own log (NCCL_DEBUG=INFO) which one it takes; NCCL_NET_PLUGIN=none shuts it out",
+    )
+    assert chosen.as_data()["notes"] == list(chosen.notes)
+    without = host.choose(LD_LIBRARY_PATH=path, NCCL_NET_PLUGIN="none")
+    assert (without.environment["NCCL_NET"], without.notes) == ("IB", ())
+    assert host.choose(LD_LIBRARY_PATH="/usr/lib").environment["NCCL_NET"] == "IB"
+    host.write("etc/nccl.conf", "NCCL_NET=IB")
+    assert host.choose(LD_LIBRARY_PATH=path).notes == ()
+
+
+def test_ports_that_a_container_shows_and_cannot_open_are_an_error(host: Host) -> None:
+    host.port("mlx5_0:1")
+    host.roce("mlx5_1:1", IPV4)
+    (host.root / "dev/infiniband/uverbs0").unlink()
+    host.write("dev/infiniband/rdma_cm", "")
+    with pytest.raises(NetworkError) as told:
+        host.choose("auto")
+    assert str(told.value) == (
+        'n3: launch.network = "auto" uses InfiniBand (mlx5_0:1), and there is no /dev/infiniband/uverbs* to open it by: load '
+        "ib_uverbs, or start the container with /dev/infiniband (docker, podman: --device /dev/infiniband; apptainer: --bind "
+        '/dev/infiniband). launch.network = "socket" trains over TCP, far slower'
+    )
+    with pytest.raises(NetworkError, match=r'"roce" uses RoCE v2 \(mlx5_1:1\)'):
+        host.choose("roce")
+    assert host.choose("socket").kind == "socket"
+    assert host.choose(NCCL_IB_DISABLE="1").kind == "socket"
+    assert host.choose(NCCL_NET="Socket").environment.get("NCCL_NET") is None
+    assert choose_network("auto", {}, host="n3", on_gpus=False, root=host.root).kind == "infiniband"
 
 
 def test_infiniband_that_is_forbidden_and_wanted_is_an_error(host: Host) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from cluster.errors import NetworkError
+from cluster.network_settings import NetworkChoice
 from launcher.config import RunConfig, load_run_config
-from launcher.rank_preflight import preflighted
+from launcher.fabric_place import fabric_place
+from launcher.rank_preflight import describe_rank, preflighted
 from tests.launcher.conftest import Mega
 from tests.launcher.named_hosts import ranks_on_hosts
 
@@ -106,7 +108,8 @@ import gc, os, sys, time
 from datetime import timedelta
 from pathlib import Path
 from launcher.config import load_run_config
-from launcher.rank_preflight import preflighted
+from launcher.fabric_place import fabric_place
+from launcher.rank_preflight import describe_rank, preflighted
 from parallel.world import open_world
 
 config = load_run_config([Path(sys.argv[1])], sys.argv[2:]).config
@@ -177,3 +180,37 @@ def test_without_preflight_a_host_that_lacks_the_network_says_so_itself(tiny: Pa
     with pytest.raises(NetworkError, match=r'n7: launch.network = "roce" needs an active Ethernet port') as caught:
         preflighted(lone_rank(MEGA_ATTEMPT="1"), wants, say=print).__enter__()
     assert caught.value.exit_code == 3
+
+
+def test_what_people_should_know_of_the_network_is_said_once_on_rank_0(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def choose(*args: Any, on_gpus: bool, **options: Any) -> NetworkChoice:
+        asked.append(on_gpus)
+        return NetworkChoice(
+            kind="infiniband", settings=(), kept=(), ports=(), left_out={}, interface=None, notes=("a plug-in",)
+        )
+
+    monkeypatch.setattr("cluster.network_settings.choose_network", choose)
+    said: list[str] = []
+    on_processors = load_run_config([tiny], ["run.device=cpu"]).config
+    for rank, asked_for in (("0", load_run_config([tiny]).config), ("1", on_processors)):
+        with preflighted(lone_rank(MEGA_ATTEMPT="1", RANK=rank), asked_for, say=said.append):
+            pass
+    assert said == ["a plug-in"]
+    assert asked == [True, False], "ranks on processors open no RDMA device"
+
+
+def test_a_network_that_cannot_be_used_is_what_a_rank_says_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = tmp_path / "sys/class/infiniband/mlx5_0/ports/1"
+    port.mkdir(parents=True)
+    for name, text in {"link_layer": "InfiniBand", "state": "4: ACTIVE", "phys_state": "5: LinkUp"}.items():
+        (port / name).write_text(text)
+    for name, value in lone_rank().items():
+        monkeypatch.setenv(name, value)
+    facts = describe_rank(fabric_place(os.environ), root=tmp_path)
+    assert "no /dev/infiniband/uverbs* to open it by" in facts.answer({"ask": "rank"})["network"]["error"]
