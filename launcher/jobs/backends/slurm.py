@@ -5,25 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.backend import Agents, AgentsStart
 from launcher.jobs.config import SlurmConfig
 from launcher.jobs.job_record import JobFolder
 from launcher.jobs.protocol import ATTEMPT
-from launcher.jobs.slurm_client import call, show_job, usable_hosts
+from launcher.jobs.slurm_client import JobInfo, call, show_job, usable_hosts
 from launcher.jobs.slurm_guard import guard_command
 from launcher.jobs.slurm_step import step_command, step_environ, step_options
 from megamodel.train.run_directory import RunDirectory
 
 RUN = "MEGA_RUN"
 """For those who look at a host's processes: which run an agent, or a rank, belongs to."""
+T = TypeVar("T")
+
 _POLL_SECONDS = 0.05
 _ASK_SECONDS, _KILL_SECONDS = 2.0, 3.0
 """For a step to end once asked to, and for SLURM to be told that it is killed."""
 _NUM_GUARDS = 2
+_GUARD_SECONDS = 10.0
+"""Between two looks at the guards."""
+_ASK_AGAIN_SECONDS, _PATIENCE_SECONDS = 3.0, 60.0
+"""A controller that is restarted, or has much to do, is asked again after the one, for the other."""
+# What SLURM will not take back, however often it is asked.
+_FOR_GOOD = ("denied", "disabled", "Invalid job id")
 
 
 class SlurmStep:
@@ -96,6 +106,7 @@ class SlurmBackend:
         self._restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
         self._guard: subprocess.Popen[bytes] | None = None
         self._guarding: tuple[str, ...] = ()
+        self._keeping_guard: asyncio.Task[None] | None = None
 
     @property
     def task_per_rank(self) -> bool:
@@ -124,30 +135,61 @@ class SlurmBackend:
         )
         environ = {**step_environ(self._environ), RUN: str(self._run.root), **start.environ}
         process = _popen(command, environ, start.output)
-        self._keep_guard(start.hosts)
+        if self._keeping_guard is not None:
+            self._keeping_guard.cancel()
+        self._keeping_guard = asyncio.create_task(self._keep_guard())
         return SlurmStep(process, job_id=self._job_id, name=name, environ=self._environ)
 
     async def requeue(self, *, without: Sequence[str], reason: str) -> bool:
-        """Asks SLURM for another start of this very job, on other hosts. It may end this process at once."""
-        job = await show_job(self._job_id, self._environ)
-        if job.restarts <= self._restarts:  # else SLURM has decided so itself
-            if not self._may_requeue():
-                return False
-            answer = await call("scontrol", "requeue", self._job_id, environ=self._environ)
-            if answer.code:
-                raise RunError(f"scontrol requeue {self._job_id}: {answer.complaint}")
+        """Asks SLURM for another start of this very job, on other hosts. It may end this process at once.
+
+        False for a job that is being cancelled: SLURM would start that one again too. Raises RunError where SLURM says no, or
+        nothing for a minute.
+        """
+        if not await self._until_answered(self._requeue):
+            return False
         if without:
             await self._exclude(without)
+        return True
+
+    async def _requeue(self) -> bool:
+        job = await show_job(self._job_id, self._environ)
+        if self._is_requeued(job):
+            return True
+        if job.state in ("COMPLETING", "CANCELLED") and job.reason != "TimeLimit":
+            self._say(f"job {self._job_id} is being cancelled, so it is not queued again")
+            return False
+        if not self._may_requeue():
+            return False
+        answer = await call("scontrol", "requeue", self._job_id, environ=self._environ)
+        if answer.code:
+            raise RunError(f"scontrol requeue {self._job_id}: {answer.complaint}")
         return True
 
     async def is_preempted(self) -> bool:
         """Whether SLURM needs the hosts for others, or the time is over, or it has queued the job again already."""
         try:
-            job = await show_job(self._job_id, self._environ)
+            job = await self._until_answered(lambda: show_job(self._job_id, self._environ))
         except RunError as error:
             self._say(f"whether the job is preempted is not known: {error}")
             return False
-        return job.is_preempted or job.restarts > self._restarts or job.reason == "TimeLimit"
+        return job.is_preempted or self._is_requeued(job) or job.reason == "TimeLimit"
+
+    def _is_requeued(self, job: JobInfo) -> bool:
+        """Whether SLURM has decided so itself."""
+        return job.restarts > self._restarts
+
+    async def _until_answered(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What `ask` returns, however slow the controller is at first: one answer that is missed must not end the job."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return await ask()
+            except RunError as error:
+                if time.monotonic() >= deadline or any(words in str(error) for words in _FOR_GOOD):
+                    raise
+                self._say(f"{error}; asking again")
+                await asyncio.sleep(_ASK_AGAIN_SECONDS)
 
     def _may_requeue(self) -> bool:
         if not self._slurm.requeue:
@@ -169,12 +211,24 @@ class SlurmBackend:
         if answer.code:
             self._say(f"SLURM may give the job {', '.join(hosts)} again: {answer.complaint}")
 
-    def _keep_guard(self, hosts: Sequence[str]) -> None:
-        """Has guards on other hosts than this one, as long as there are any; see `launcher.jobs.slurm_guard`."""
+    async def _keep_guard(self) -> None:
+        """Has guards on other hosts of the job than this one, whether they train or not, as long as there are any; see
+        `launcher.jobs.slurm_guard`."""
         here = self._environ.get("SLURMD_NODENAME")
-        guarding = tuple(host for host in hosts if host != here)[-_NUM_GUARDS:]
-        if not guarding:  # SLURM itself starts a job again that has lost its only host
-            return
+        is_known = False
+        while True:
+            if not is_known or self._guard is None or self._guard.poll() is not None:
+                try:
+                    guarding = tuple(host for host in await self.hosts() if host != here)[-_NUM_GUARDS:]
+                    if not guarding:  # SLURM itself starts a job again that has lost its only host
+                        return
+                    self._start_guard(guarding)
+                    is_known = True
+                except RunError as error:
+                    self._say(f"nobody guards this job against the loss of {here} now: {error}")
+            await asyncio.sleep(_GUARD_SECONDS)
+
+    def _start_guard(self, guarding: tuple[str, ...]) -> None:
         if self._guard is not None:
             if self._guard.poll() is None and self._guarding == guarding:
                 return
@@ -186,16 +240,12 @@ class SlurmBackend:
         environ = {
             name: value for name, value in step_environ(self._environ).items() if not name.startswith("SLURM_GPU")
         }
-        output = JobFolder(self._run).root / "guard.log"
-        try:
-            self._guard = _popen(
-                ("srun", *options, "--gres=none", "--mpi=none", *guard_command(self._run, max_restarts=left)),
-                environ,
-                output,
-            )
-            self._guarding = guarding
-        except RunError as error:
-            self._say(f"nobody guards this job against the loss of {here}: {error}")
+        self._guard = _popen(
+            ("srun", *options, "--gres=none", "--mpi=none", *guard_command(self._run, max_restarts=left)),
+            environ,
+            JobFolder(self._run).root / "guard.log",
+        )
+        self._guarding = guarding
 
 
 def _popen(command: Sequence[str], environ: Mapping[str, str], output: Path) -> subprocess.Popen[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -92,7 +92,7 @@ def test_a_step_has_agents_on_the_hosts_and_their_environment(fake_slurm: FakeSl
     assert case.backend.task_per_rank
     fake_slurm.program(
         "srun",
-        'env | grep -E "^(MEGA|SLURM)_" | sort > "$FAKE/env-$(echo "$*" | grep -c guard)"; echo words; echo more >&2; exit 5',
+        'env | grep -E "^(MEGA|SLURM)_" | sort > "$FAKE/env"; echo words; echo more >&2; exit 5',
     )
 
     async def work() -> int:
@@ -103,12 +103,12 @@ def test_a_step_has_agents_on_the_hosts_and_their_environment(fake_slurm: FakeSl
         return code
 
     assert run(work()) == 5
-    step = next(call for call in fake_slurm.calls("srun") if "guard" not in call)
+    (step,) = fake_slurm.calls("srun")
     assert "--nodes=2 --nodelist=n[2-3] --ntasks=8 --ntasks-per-node=4" in step
     assert "--job-name=attempt-4 " in step
     assert step.endswith("-m launcher agent")
     assert "secret" not in step
-    seen = (fake_slurm.folder / "env-0").read_text().splitlines()
+    seen = (fake_slurm.folder / "env").read_text().splitlines()
     assert "MEGA_JOB_TOKEN=secret" in seen
     assert f"MEGA_RUN={case.run.root}" in seen
     assert "SLURM_NTASKS=2" not in seen
@@ -164,39 +164,86 @@ def test_a_step_that_stays_is_killed_even_where_slurm_is_silent(
     ]
 
 
-def test_guards_are_on_other_hosts_and_no_more_than_two(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
-    case = Case(tmp_path, SLURM_GPUS_PER_NODE="8")
+@pytest.fixture
+def guarded(fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    """Whose guards stay until they are ended."""
+    monkeypatch.setattr(slurm, "_GUARD_SECONDS", 0.02)
+    fake_slurm.program("sinfo", r'printf "n1|mixed\nn2|mixed\nn3|mixed\nn4|mixed\n"')
     fake_slurm.program("srun", 'case "$*" in *guard*) env > "$FAKE/env"; exec sleep 1000;; esac')
-
-    def guards() -> list[str]:
-        return [call for call in fake_slurm.calls("srun") if "slurm_guard" in call]
-
-    async def start(*hosts: str) -> None:
-        agents = await case.backend.start(case.start(hosts))
-        await agents.wait()
-
-    async def work() -> None:
-        await start("n1")
-        assert guards() == []
-        await start("n1", "n2", "n3", "n4")
-        await until(lambda: len(guards()) == 1)
-        assert "--nodes=2 --nodelist=n[3-4] --ntasks=2" in guards()[0]
-        assert "--gres=none" in guards()[0]
-        assert guards()[0].endswith(f"launcher.jobs.slurm_guard {case.run.root} 50")
-        await until(lambda: "SLURM_JOB_ID=7\n" in (fake_slurm.folder / "env").read_text())
-        assert "SLURM_GPU" not in (fake_slurm.folder / "env").read_text()
-        await start("n1", "n2", "n3", "n4")
-        await start("n1", "n2", "n3")
-        await until(lambda: len(guards()) == 2)
-        assert "--nodelist=n[2-3]" in guards()[1]
-
-    try:
-        run(work())
-    finally:
-        guard = case.backend._guard
-        assert guard is not None
+    fake_slurm.job()
+    case = Case(tmp_path, SLURM_GPUS_PER_NODE="8")
+    yield case
+    guard = case.backend._guard
+    if guard is not None:
         guard.kill()
         guard.wait(timeout=30)
+
+
+def guards(fake_slurm: FakeSlurm) -> list[str]:
+    return [call for call in fake_slurm.calls("srun") if "slurm_guard" in call]
+
+
+async def start_on(case: Case, *hosts: str) -> None:
+    agents = await case.backend.start(case.start(hosts))
+    await agents.wait()
+
+
+def test_guards_are_on_other_hosts_and_no_more_than_two(fake_slurm: FakeSlurm, guarded: Case) -> None:
+    async def work() -> None:
+        await start_on(guarded, "n1", "n2", "n3", "n4")
+        await until(lambda: len(guards(fake_slurm)) == 1)
+        assert "--nodes=2 --nodelist=n[3-4] --ntasks=2" in guards(fake_slurm)[0]
+        assert "--gres=none" in guards(fake_slurm)[0]
+        assert guards(fake_slurm)[0].endswith(f"launcher.jobs.slurm_guard {guarded.run.root} 50")
+        await until(lambda: "SLURM_JOB_ID=7\n" in (fake_slurm.folder / "env").read_text())
+        assert "SLURM_GPU" not in (fake_slurm.folder / "env").read_text()
+        looks = len(fake_slurm.calls("sinfo"))
+        await start_on(guarded, "n1", "n2", "n3", "n4")
+        await until(lambda: len(fake_slurm.calls("sinfo")) > looks)
+        fake_slurm.job(NodeList="n[1-3]")
+        await start_on(guarded, "n1", "n2", "n3")
+        await until(lambda: len(guards(fake_slurm)) == 2)
+        assert "--nodelist=n[2-3]" in guards(fake_slurm)[1]
+
+    run(work())
+
+
+def test_hosts_that_do_not_train_guard_too(fake_slurm: FakeSlurm, guarded: Case) -> None:
+    async def work() -> None:
+        await start_on(guarded, "n1")
+        await until(lambda: len(guards(fake_slurm)) == 1)
+        assert "--nodelist=n[3-4]" in guards(fake_slurm)[0]
+
+    run(work())
+
+
+def test_a_job_of_one_host_has_no_guard(fake_slurm: FakeSlurm, guarded: Case) -> None:
+    async def work() -> None:
+        fake_slurm.job(NodeList="n1")
+        await start_on(guarded, "n1")
+        keeping = guarded.backend._keeping_guard
+        assert keeping is not None
+        await keeping
+
+    run(work())
+    assert guards(fake_slurm) == []
+
+
+def test_a_guard_that_dies_is_replaced_within_the_attempt(fake_slurm: FakeSlurm, guarded: Case) -> None:
+    async def work() -> None:
+        fake_slurm.program("sinfo", "echo Unable to contact slurm controller >&2; exit 1")
+        await start_on(guarded, "n1", "n2")
+        await until(lambda: bool(guarded.said))
+        assert "nobody guards this job against the loss of n1 now: sinfo: Unable to contact" in guarded.said[0]
+        fake_slurm.program("sinfo", r'printf "n1|mixed\nn2|mixed\n"')
+        await until(lambda: len(guards(fake_slurm)) == 1)
+        guard = guarded.backend._guard
+        assert guard is not None
+        guard.kill()
+        await until(lambda: len(guards(fake_slurm)) == 2)
+        assert "--nodelist=n2 " in guards(fake_slurm)[1]
+
+    run(work())
 
 
 def test_another_start_on_other_hosts(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
@@ -222,6 +269,65 @@ def test_slurm_has_queued_the_job_again_already(fake_slurm: FakeSlurm, tmp_path:
     assert run(case.backend.requeue(without=("n2",), reason="preemption"))
     assert fake_slurm.calls()[-1] == "scontrol update JobId=7 ExcNodeList=n2"
     assert not any("requeue" in call for call in fake_slurm.calls())
+
+
+@pytest.mark.parametrize("job_state", ["COMPLETING", "CANCELLED"])
+def test_a_job_that_somebody_cancels_does_not_come_back(fake_slurm: FakeSlurm, tmp_path: Path, job_state: str) -> None:
+    case = Case(tmp_path)
+    fake_slurm.job(JobState=job_state)
+    assert not run(case.backend.requeue(without=("n2",), reason="preemption"))
+    assert fake_slurm.calls() == ["scontrol --oneliner show job 7"]
+    assert case.said == ["job 7 is being cancelled, so it is not queued again"]
+
+
+def test_a_job_whose_time_is_over_does(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    case = Case(tmp_path)
+    fake_slurm.job(JobState="COMPLETING", Reason="TimeLimit")
+    assert run(case.backend.requeue(without=(), reason="time_limit"))
+    assert fake_slurm.calls()[-1] == "scontrol requeue 7"
+
+
+_SILENT_AT_FIRST = """
+[ "$1" = {verb} ] && [ "$(grep -c "^scontrol {verb}" "$FAKE/calls")" -lt 3 ] && {{
+    echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1
+}}
+[ "$1" = requeue ] || cat "$FAKE/job"
+"""
+
+
+@pytest.mark.parametrize("verb", ["--oneliner", "requeue"])
+def test_a_controller_that_is_silent_at_first_is_asked_again(
+    fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setattr(slurm, "_ASK_AGAIN_SECONDS", 0.0)
+    fake_slurm.job(PreemptTime="2026-11-23T11:01:12")
+    fake_slurm.program("scontrol", _SILENT_AT_FIRST.format(verb=verb))
+    case = Case(tmp_path)
+    if verb == "--oneliner":
+        assert run(case.backend.is_preempted())
+        fake_slurm.forget_calls()
+    assert run(case.backend.requeue(without=(), reason="preemption"))
+    assert fake_slurm.calls()[-1] == "scontrol requeue 7"
+    assert all(said.endswith("Unable to contact slurm controller; asking again") for said in case.said)
+    assert len(case.said) == (4 if verb == "--oneliner" else 2)
+
+
+def test_slurm_has_taken_what_it_did_not_confirm(
+    fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_ASK_AGAIN_SECONDS", 0.0)
+    fake_slurm.job()
+    fake_slurm.program(
+        "scontrol",
+        'cat "$FAKE/job"; [ "$1" = requeue ] && { sed -i s/Restarts=0/Restarts=1/ "$FAKE/job"; exit 1; }; exit 0',
+    )
+    case = Case(tmp_path)
+    assert run(case.backend.requeue(without=(), reason="preemption"))
+    assert fake_slurm.calls() == [
+        "scontrol --oneliner show job 7",
+        "scontrol requeue 7",
+        "scontrol --oneliner show job 7",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +386,10 @@ def test_who_wants_the_hosts_back(
     assert run(Case(tmp_path).backend.is_preempted()) is is_preempted
 
 
-def test_a_silent_controller_preempts_nobody(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+def test_a_silent_controller_preempts_nobody(
+    fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slurm, "_PATIENCE_SECONDS", 0.0)
     fake_slurm.program("scontrol", "exit 1")
     case = Case(tmp_path)
     assert not run(case.backend.is_preempted())
