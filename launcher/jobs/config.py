@@ -81,7 +81,7 @@ class ContainerConfig(BaseModel):
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
     """`none` runs the Python that `mega launch` runs in, which every host must see; `pyxis` is SLURM's plugin for enroot."""
     image: str | None = Field(default=None, min_length=1)
-    """Image, as the runtime names it: a path, or docker://..."""
+    """Image: a file that all hosts see; for pyxis also one of a registry, as it names it: docker://..."""
     mounts: tuple[str, ...] = ()
     """Folders of the host that the container sees, as `/source:/target` or `/both`. The working directory and the run's
     folder are mounted always."""

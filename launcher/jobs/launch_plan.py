@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from launcher.toml_writing import value_to_toml
 from megamodel.train.run_directory import RunDirectory
 
 _UNIT_SECONDS = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}
+# SLURM looks at time limits now and then only: its warning comes up to 60 s early. And a start takes its time.
+_SIGNAL_IS_EARLY_SECONDS = 90
 _IMAGE_FILES = (".sqsh", ".sif", ".squashfs", ".img")
 
 
@@ -33,7 +36,7 @@ class LaunchPlan:
     hosts: tuple[ListedHost, ...]
     """Of the hostfile."""
     doubts: tuple[str, ...]
-    """What could not be looked at from here."""
+    """What could not be looked at from here, and what may end badly."""
 
     @property
     def config(self) -> RunConfig:
@@ -168,6 +171,14 @@ def _slurm_problems(plan: LaunchPlan) -> Iterator[str]:
             f'must be less than slurm.time = "{slurm.time}", which is {limit} s: the run would be asked to stop at once',
         )
     image = slurm.container.image
+    if image is not None and slurm.container.runtime == "apptainer" and "://" in image:
+        yield _problem(
+            plan,
+            "slurm.container.image",
+            image,
+            "every host would fetch it at each start, and many at once are refused; "
+            f"fetch it once, to where all hosts see it: apptainer pull image.sif {shlex.quote(image)}, and name that file",
+        )
     if image is not None and _is_file_name(image) and not Path(image).expanduser().exists():
         yield _problem(plan, "slurm.container.image", image, "no such file")
     try:
@@ -179,6 +190,13 @@ def _slurm_problems(plan: LaunchPlan) -> Iterator[str]:
 def _doubts(config: RunConfig, backend: BackendName) -> Iterator[str]:
     if backend != "slurm":
         return
+    slurm = config.slurm
+    if slurm.time is not None and 0 < seconds_of(slurm.time) - slurm.signal_seconds < _SIGNAL_IS_EARLY_SECONDS:
+        yield (
+            f'slurm.time = "{slurm.time}" leaves the run {seconds_of(slurm.time) - slurm.signal_seconds} s before it is asked to '
+            f"save, slurm.signal_seconds = {slurm.signal_seconds} before its end, and SLURM may ask up to a minute earlier: it "
+            f"may get nowhere; set the time to {slurm.signal_seconds + _SIGNAL_IS_EARLY_SECONDS} s or more"
+        )
     here = socket.gethostname()
     for mount in config.slurm.container.mounts:
         source = mount.partition(":")[0]

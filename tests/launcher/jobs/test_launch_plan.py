@@ -101,6 +101,23 @@ def test_mounts_that_are_not_here_are_doubts(tiny: Path) -> None:
     assert "every host of the job must have it" in doubt
 
 
+@pytest.mark.parametrize("image", ["docker://a/b:c", "oras://a/b"])
+def test_apptainer_is_given_a_file(tiny: Path, image: str) -> None:
+    settings = ("slurm.container.runtime=apptainer", f"slurm.container.image={image}")
+    (problem,) = problems_of(tiny, *settings)
+    assert f'slurm.container.image = "{image}": every host would fetch it' in problem
+    assert f"apptainer pull image.sif {image}" in problem
+
+
+@pytest.mark.parametrize(("time", "is_doubtful"), [("3", True), ("0:3:29", True), ("0:3:30", False), ("1:0:0", False)])
+def test_a_time_limit_that_leaves_no_time_is_doubtful(tiny: Path, time: str, is_doubtful: bool) -> None:
+    doubts = plan_of(tiny, f"slurm.time={time}").doubts
+    assert bool(doubts) is is_doubtful
+    if is_doubtful:
+        assert f'slurm.time = "{time}" leaves the run' in doubts[0]
+        assert "set the time to 210 s or more" in doubts[0]
+
+
 @pytest.mark.parametrize("image", ["nvcr.io#nvidia/pytorch:25.01", "docker://a/b:c", "a/b"])
 def test_images_of_a_registry_are_not_looked_for(tiny: Path, image: str) -> None:
     plan_of(tiny, "slurm.container.runtime=pyxis", f"slurm.container.image={image}")

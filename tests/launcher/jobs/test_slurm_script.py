@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -95,6 +97,36 @@ def test_every_key_becomes_an_option() -> None:
     # sbatch reads no directive behind the first command.
     assert lines.index("#SBATCH --reservation=night") < lines.index("module load cuda") < lines.index("ulimit -n 65536")
     assert lines[-1].startswith("exec ")
+
+
+def test_a_job_of_one_host_ends_with_it() -> None:
+    """SLURM starts it again then; with --no-kill it might run on for ever, without anybody in it."""
+    assert "no-kill" not in options_of(script_of())
+    assert "no-kill" in options_of(script_of("slurm.nodes=2"))
+
+
+def _run_script(tmp_path: Path, *setup_lines: str) -> subprocess.CompletedProcess[str]:
+    """With a program in the supervisor's place that says `begun`."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho begun\n")
+    program.chmod(0o755)
+    script = script_of(f"slurm.setup_lines={json.dumps(setup_lines)}").replace(
+        shlex.quote(sys.executable), str(program)
+    )
+    (tmp_path / "job.sh").write_text(script)
+    return subprocess.run(["bash", "job.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_a_setup_line_that_fails_starts_nothing(tmp_path: Path) -> None:
+    ended = _run_script(tmp_path, "false || echo fine", "cd nowhere/at/all", "echo more")
+    assert (ended.returncode, ended.stdout) == (1, "fine\n")
+    assert "which is of slurm.setup_lines: cd nowhere/at/all; nothing is started. Mend it" in ended.stderr
+    assert _run_script(tmp_path, "true").stdout == "begun\n"
+
+
+def test_a_warning_while_setup_lines_run_does_not_end_the_job(tmp_path: Path) -> None:
+    assert _run_script(tmp_path, "kill -USR1 $$").stdout == "begun\n"
+    assert _run_script(tmp_path, "kill -TERM $$").returncode == -signal.SIGTERM
 
 
 def test_no_value_is_a_command(tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def test_what_the_job_was_asked_for_is_not_what_a_step_is_asked_for() -> None:
         "SLURM_JOB_ID": "7",
         "SLURM_NTASKS": "8",
         "SLURM_CPUS_PER_TASK": "12",
+        "SLURM_GPUS_PER_TASK": "1",
+        "SLURM_NTASKS_PER_GPU": "1",
+        "SLURM_NTASKS_PER_SOCKET": "4",
+        "SLURM_NTASKS_PER_CORE": "1",
+        "SLURM_THREADS_PER_CORE": "1",
+        "SLURM_HINT": "nomultithread",
         "SLURM_GPUS_PER_NODE": "8",
         "A": "b",
     }
