@@ -68,6 +68,25 @@ def test_a_terminal_that_is_gone_ends_nothing(tmp_path: Path) -> None:
     assert job.state().restarts == 1
 
 
+def test_a_full_disk_ends_nothing(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["a"], "mark('ran')\nif attempt == 1:\n    sys.exit(5)")
+    (job.folder.root / f"state.{os.getpid()}.partial").symlink_to("/dev/full")
+    job.run.events.symlink_to("/dev/full")
+
+    class Full(list[str]):
+        def append(self, text: str) -> None:
+            with Path("/dev/full").open("w") as file:
+                file.write(text)
+
+    job.said, job.shown = Full(), Full()
+    job.backend.before_start = lambda number: (
+        (job.root / "logs" / f"attempt-{number}" / "rank-0.log").symlink_to("/dev/full")
+    )
+    assert job.supervise().exit_code == 0
+    assert (job.root / "ran-0-2").exists()
+    assert job.folder.read_state() is None
+
+
 def test_after_a_kill_the_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -> None:
     job = MadeUpJob(
         tmp_path,
