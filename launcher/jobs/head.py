@@ -43,6 +43,7 @@ _NAMELESS_S = 10.0
 _FOLD_S = 0.1
 _BACKLOG = 4096
 _FILES_BESIDE_AGENTS = 256
+_FEWEST_NAMELESS = 64
 _LOG_END_S = 10.0
 
 
@@ -62,7 +63,7 @@ class Head:
         self._addresses = addresses
         self._attempt: Attempt | None = None
         self._nameless: dict[Connection, asyncio.TimerHandle] = {}
-        self._most_nameless = 64
+        self._most_nameless = _FEWEST_NAMELESS
         self._refused: set[str] = set()
         self._beats = Beats()
         self._exits = contextlib.AsyncExitStack()
@@ -115,8 +116,9 @@ class Head:
         """
         assert self._logs is not None
         agents = sum(expected.values())
-        _allow_open_files(agents + _FILES_BESIDE_AGENTS)
-        self._most_nameless = 2 * agents + 64
+        needed = agents + _FILES_BESIDE_AGENTS
+        allowed = _allow_open_files(needed + _FEWEST_NAMELESS, wanted=needed + _FEWEST_NAMELESS + 2 * agents)
+        self._most_nameless = allowed - needed
         if self._attempt is not None:
             self._attempt.abandon()
         self._attempt = Attempt(
@@ -132,9 +134,13 @@ class Head:
 
     def _accept(self) -> Connection:
         connection = Connection(on_message=self._greet, on_end=self._forget, longest=LONGEST_HELLO)
-        loop = asyncio.get_running_loop()
-        wait_s = _NAMELESS_S if len(self._nameless) < self._most_nameless else 0.0
-        self._nameless[connection] = loop.call_later(wait_s, connection.hang_up, "it has not said who it is")
+        if len(self._nameless) >= self._most_nameless:
+            # An agent says who it is at once. So those who wait are strangers, and must not keep agents out.
+            oldest = next(iter(self._nameless))
+            self._forget(oldest, "")
+            oldest.hang_up("others want to say who they are")
+        timer = asyncio.get_running_loop().call_later(_NAMELESS_S, connection.hang_up, "it has not said who it is")
+        self._nameless[connection] = timer
         return connection
 
     def _forget(self, connection: Connection, why: str) -> None:
@@ -183,14 +189,19 @@ def _listen() -> socket.socket:
     return socket.create_server(("", 0), backlog=_BACKLOG)
 
 
-def _allow_open_files(number: int) -> None:
+def _allow_open_files(needed: int, *, wanted: int) -> int:
+    """Lets this process open `wanted` files, or as many as it may; returns how many of these it may open now. Raises RunError
+    where these are fewer than `needed`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < number:
-        if hard != resource.RLIM_INFINITY and hard < number:
-            raise RunError(
-                f"this process may open {hard} files, and a job of this size needs {number}: raise its limit (ulimit -Hn)"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if allowed < needed:
+        raise RunError(
+            f"this process may open {hard} files, and a job of this size needs {needed}: raise its limit (ulimit -Hn)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    return allowed
 
 
 def _say_in(loop: asyncio.AbstractEventLoop, say: Callable[[str], None], text: str) -> None:
