@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.agent_ranks import AgentRanks
 from launcher.jobs.host_names import own_addresses, split_head
+from launcher.jobs.ports import hold_port
 from launcher.jobs.protocol import (
     ATTEMPT,
     HEAD,
@@ -105,8 +106,6 @@ class Agent:
         self._host = place.host
         self._lines = LineQueue()
         self._beats = Beats()
-        self._port_holder = socket.socket()
-        """Keeps a port that is nobody else's until ranks need it."""
         self._has_started = False
         self._is_ending = False
 
@@ -119,6 +118,7 @@ class Agent:
         loop = asyncio.get_running_loop()
         self._code: asyncio.Future[int] = loop.create_future()
         self._connection: Connection | None = None
+        self._port_holder = hold_port()  # until ranks need it: between the two, no kernel gives it to anybody
         self._tasks: list[asyncio.Task[None]] = []
         self._ranks = self._ranks_class(
             environ=self._environ,
@@ -131,7 +131,6 @@ class Agent:
             loop.add_signal_handler(number, self._on_stop_signal, number)
         loop.add_signal_handler(signal.SIGCHLD, self._ranks.look)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
-        self._port_holder.bind(("", 0))
         connecting = loop.create_task(self._connect())
         try:
             await asyncio.wait((connecting, self._code), return_when=asyncio.FIRST_COMPLETED)

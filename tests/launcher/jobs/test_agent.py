@@ -18,6 +18,7 @@ from launcher.errors import ConfigError, RunError
 from launcher.jobs.agent import Agent, AgentPlace, read_place
 from launcher.jobs.agent_ranks import rank_environ
 from launcher.jobs.head import Attempt, Head, HostLost, RankEnded, RanksPlan
+from launcher.jobs.ports import FIRST_PORT, NUM_PORTS
 from launcher.jobs.protocol import (
     CHOSEN,
     HEAD,
@@ -160,6 +161,7 @@ def test_each_rank_knows_its_place(job: Job) -> None:
             assert int(place["OMP_NUM_THREADS"]) >= 1
             assert not {HEAD, TOKEN} & place.keys()
         assert len({(place["MASTER_ADDR"], place["MASTER_PORT"]) for place in places}) == 1
+        assert FIRST_PORT <= int(places[0]["MASTER_PORT"]) < FIRST_PORT + NUM_PORTS
 
     in_time(test)
 
