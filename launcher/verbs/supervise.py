@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +18,10 @@ import typer
 
 from launcher.errors import RunError
 from launcher.output import Output
+from launcher.rank_process import stop_signals
 
 if TYPE_CHECKING:
+    from launcher.jobs.job import Job, JobEnd
     from launcher.jobs.job_record import JobFolder
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")]
@@ -29,16 +33,17 @@ _LOOK_SECONDS = 1.0
 
 def supervise(out: Output, run: RunFolder) -> int:
     """Stand by a launched run until it has ended. The batch script of `mega launch --on slurm` becomes this itself."""
+    with _stop_signals_held():
+        return _supervise(run, partial(_say, out))
+
+
+def _supervise(run: Path, say: Callable[[str], None]) -> int:
     from launcher.config import load_run_config
     from launcher.jobs.backends.slurm import SlurmBackend
     from launcher.jobs.job import Job
     from launcher.jobs.job_record import JobFolder
     from launcher.jobs.slurm_step import python_of_ranks
-    from launcher.jobs.supervisor import supervise as run_supervisor
     from megamodel.train.run_directory import RunDirectory
-
-    def say(text: str) -> None:
-        out.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     directory = RunDirectory(run)
     folder = JobFolder(directory)
@@ -54,7 +59,35 @@ def supervise(out: Output, run: RunFolder) -> int:
             say=say,
             command=(python_of_ranks(config.slurm.container), "-m", "launcher", "train", str(folder.config)),
         )
-        return asyncio.run(run_supervisor(job)).exit_code
+        return asyncio.run(_stand_by(job)).exit_code
+
+
+async def _stand_by(job: Job) -> JobEnd:
+    """With the stop signals that have come since this process began."""
+    from launcher.jobs.stop_asked import StopAsked
+    from launcher.jobs.supervisor import supervise as run_supervisor
+
+    with StopAsked(job.say) as stop:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+        return await run_supervisor(job, stop=stop)
+
+
+@contextlib.contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """None of them ends this process before somebody listens: the run would not go on after its time limit."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+    try:
+        yield
+    finally:
+        while signal.sigtimedwait(stop_signals(), 0) is not None:
+            pass  # this process ends, and is to say why
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _say(out: Output, text: str) -> None:
+    """A full disk, on which what is said here stands, ends no job."""
+    with contextlib.suppress(OSError):
+        out.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
 
 def _note_job(folder: JobFolder, job_id: str) -> None:
@@ -80,7 +113,8 @@ def _note_job(folder: JobFolder, job_id: str) -> None:
 
 @contextlib.contextmanager
 def _locked(run: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds the run; waits for those who still do. Raises RunError where they do not let go."""
+    """Holds the run; waits for those who still do. Raises RunError where they do not let go, and where this process is told to
+    end in the meantime."""
     from launcher.run_lock import locked_run
 
     deadline = time.monotonic() + _LOCK_SECONDS
@@ -92,6 +126,10 @@ def _locked(run: Path, say: Callable[[str], None]) -> Iterator[None]:
             except RunError as error:
                 if time.monotonic() > deadline:
                     raise
+                # A warning of the time limit, or of preemption, can wait for the supervisor: it has the job started again.
+                if told := signal.sigpending() & {signal.SIGTERM, signal.SIGINT}:
+                    names = " and ".join(signal.Signals(number).name for number in told)
+                    raise RunError(f"told to end by {names} while waiting for the run: {error}") from error
                 say(f"waiting: {error}")
                 time.sleep(_LOOK_SECONDS)
         yield
