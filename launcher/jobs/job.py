@@ -39,6 +39,10 @@ class Patience:
     """After a failure: for the watch of the run to tell where the rank is missed."""
     hosts: float = 2.0
     """Between two looks for hosts that have come back."""
+    scheduler: float = 600.0
+    """For a scheduler that does not answer to do so after all."""
+    scheduler_look: float = 5.0
+    """Between two questions to it."""
 
 
 @dataclass(frozen=True, kw_only=True)

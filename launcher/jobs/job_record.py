@@ -112,6 +112,10 @@ class JobFolder:
         """Whether somebody has asked to end the job for good."""
         return self._cancel.exists()
 
+    def forget_cancel(self) -> None:
+        """Of a job that has ended, and is started again."""
+        self._cancel.unlink(missing_ok=True)
+
     def forget_before_launch(self) -> None:
         """What an earlier job of this run has left and a new one must not read."""
         for path in (self._cancel, self._state):

@@ -40,9 +40,12 @@ class Journal:
         await self._write_state()
 
     async def keep_alive(self) -> None:
-        """Writes the state again and again, for ever: to be cancelled."""
+        """Writes the state again and again, until it is that of a job that has ended: what is in the folder then may be
+        another's, who launches the run again. To be cancelled."""
         while True:
             await asyncio.sleep(_INTERVAL_SECONDS)
+            if self.state.state in ("failed", "finished"):
+                return
             await self._write_state()
 
     def close(self) -> None:

@@ -9,26 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import signal
-import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from launcher.config import load_run_config
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.attempt_end import AttemptEnd, Failure
 from launcher.jobs.attempt_run import AttemptRun, not_begun
 from launcher.jobs.decision import decide, without_progress
+from launcher.jobs.first_state import first_state
 from launcher.jobs.head import Head
 from launcher.jobs.host_choice import choose_hosts
 from launcher.jobs.job import Job, JobEnd
-from launcher.jobs.job_record import JobState, SupervisorState
+from launcher.jobs.job_record import SupervisorState
 from launcher.jobs.journal import Journal
 from launcher.jobs.progress import newest_checkpoint
 from launcher.jobs.stop_asked import StopAsked
@@ -44,7 +43,7 @@ async def supervise(job: Job, *, stop: StopAsked | None = None) -> JobEnd:
     main thread, by the process that holds the run's lock. Nothing of the job runs any more when it returns or raises, as far
     as hosts can be reached."""
     job = replace(job, say=partial(_say_if_read, job.say))
-    state = await asyncio.to_thread(_first_state, job)
+    state = await asyncio.to_thread(first_state, job)
     journal = Journal(job.run, state, say=job.say)
     hearing = StopAsked(job.say) if stop is None else contextlib.nullcontext(stop)
     with contextlib.closing(journal), hearing as stop:
@@ -64,28 +63,6 @@ def _say_if_read(say: Callable[[str], None], text: str) -> None:
     """A terminal that is gone ends no job: what it would have shown stands in the events."""
     with contextlib.suppress(OSError):
         say(text)
-
-
-def _first_state(job: Job) -> SupervisorState:
-    """What is known at this start of the job: at the first nothing, later what an earlier supervisor has left."""
-    newest = newest_checkpoint(job.run)
-    now: dict[str, Any] = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "updated": time.time(),
-        "last_checkpoint": newest,
-    }
-    earlier = job.folder.read_state()
-    if earlier is None:
-        return SupervisorState(state="running", **now)
-    count, cause = earlier.attempts_without_progress, earlier.cause
-    if earlier.hosts:  # it has not seen the end of its last attempt
-        count += 1
-        cause = f"the supervisor of attempt {earlier.attempt} was lost, on host {earlier.host}"
-    if newest > earlier.last_checkpoint:
-        count = 0
-    state: JobState = "restarting" if earlier.attempt else "running"
-    return replace(earlier, **now, state=state, hosts=(), attempts_without_progress=count, cause=cause)
 
 
 class _Supervisor:
@@ -108,6 +85,8 @@ class _Supervisor:
     async def run(self) -> JobEnd:
         """Attempt after attempt."""
         await self._begin()
+        if await self._is_cancelled():  # while it was queued
+            return await self._end_stopped(AttemptEnd(outcome="stopped"), "cancel")
         if self._state.attempts_without_progress >= self._job.launch.max_attempts_without_progress:
             return await self._give_up(without_progress(self._state.cause or "", self._state.attempts_without_progress))
         stop_reason = asyncio.ensure_future(self._tell_stop())
@@ -115,14 +94,14 @@ class _Supervisor:
             while True:
                 hosts = await self._wait_for_hosts()
                 if self._stop.signal is not None:
-                    return await self._end_stopped(AttemptEnd(outcome="stopped"), stop_reason)
+                    return await self._end_stopped(AttemptEnd(outcome="stopped"), await self._why_stopped(stop_reason))
                 if not hosts:
                     return await self._end_without_hosts()
                 end = await self._attempt(hosts)
                 if end.outcome == "finished":
                     return await self._finish(end)
                 if end.outcome == "stopped" or self._stop.signal is not None:
-                    return await self._end_stopped(end, stop_reason)
+                    return await self._end_stopped(end, await self._why_stopped(stop_reason))
                 assert end.failure is not None
                 if (job_end := await self._after_failure(end.failure, hosts, clear_at=end.clear_at)) is not None:
                     return job_end
@@ -205,7 +184,9 @@ class _Supervisor:
         is_restart = self._state.attempt > 0
         num_ranks = len(hosts) * self._job.ranks_per_host
         if is_restart:
-            await self._journal.event("restart", attempt=number, reason=self._state.cause)
+            await self._journal.event(
+                "restart", attempt=number, reason=self._state.cause or "the job was started again"
+            )
         await self._journal.event("attempt", attempt=number, hosts=hosts, num_ranks=num_ranks, restart=is_restart)
         restarts = self._state.restarts + is_restart
         await self._journal.update(attempt=number, restarts=restarts, hosts=tuple(hosts))
@@ -231,7 +212,7 @@ class _Supervisor:
         self._last_failure = failure
         for host in hosts:
             self._losses[host] = self._losses[host] + 1 if host in failure.lost_hosts else 0
-        newest = await asyncio.to_thread(newest_checkpoint, self._job.run)
+        newest = await asyncio.to_thread(newest_checkpoint, self._job.run, known=self._state.last_checkpoint)
         decision = decide(
             failure,
             launch=self._job.launch,
@@ -245,7 +226,7 @@ class _Supervisor:
             await self._journal.event("exclude", host=host, reason=reason)
             self._job.say(f"{host} is not used any more: {reason}")
         await self._journal.update(
-            state="restarting" if decision.restarts else "failed",
+            state="restarting",  # a job that has ended says so once, when nothing more is written
             cause=decision.cause,
             attempts_without_progress=decision.attempts_without_progress,
             last_checkpoint=newest,
@@ -280,7 +261,7 @@ class _Supervisor:
         return await self._give_up(cause, 1 if self._last_failure is None else self._last_failure.exit_code)
 
     async def _finish(self, end: AttemptEnd) -> JobEnd:
-        newest = await asyncio.to_thread(newest_checkpoint, self._job.run)
+        newest = await asyncio.to_thread(newest_checkpoint, self._job.run, known=self._state.last_checkpoint)
         await self._journal.event("done")
         await self._journal.update(state="finished", cause=None, attempts_without_progress=0, last_checkpoint=newest)
         return JobEnd(exit_code=0, result=end.result)
@@ -294,29 +275,45 @@ class _Supervisor:
         return reason
 
     async def _find_reason(self) -> StopReason:
-        if await asyncio.to_thread(self._job.folder.is_cancelled):
+        if await self._is_cancelled():
             return "cancel"
         if self._stop.signal == signal.SIGUSR1:
             return "time_limit"
         # Ranks may have been told to stop by the scheduler itself, before a signal came here.
-        if self._stop.signal in (signal.SIGTERM, None) and await self._job.backend.is_preempted():
+        if self._stop.signal in (signal.SIGTERM, None) and await self._ask_scheduler(self._job.backend.is_preempted):
             return "preemption"
         return "signal"
 
-    async def _end_stopped(self, end: AttemptEnd, stop_reason: asyncio.Future[StopReason]) -> JobEnd:
-        """Asks for another start where the scheduler wants its hosts back; else the job ends here."""
+    async def _why_stopped(self, told: asyncio.Future[StopReason]) -> StopReason:
+        """Once ranks have stopped. `told`: why the first signal came. It may have been cancelled since."""
         if self._stop.signal is None:
             await self._stop.sleep(self._job.patience.signal)
-        reason = await (self._find_reason() if self._stop.signal is None else stop_reason)
-        newest = await asyncio.to_thread(newest_checkpoint, self._job.run)
+        reason = await (self._find_reason() if self._stop.signal is None else told)
+        return "cancel" if await self._is_cancelled() else reason
+
+    async def _is_cancelled(self) -> bool:
+        return await asyncio.to_thread(self._job.folder.is_cancelled)
+
+    async def _ask_scheduler(self, ask: Callable[[], Awaitable[bool]]) -> bool:
+        """Its answer. It may have none for minutes, above all when it stops many jobs at once: it is asked again, until this
+        process is killed, the job is cancelled, or patience has an end; then False."""
+        deadline = time.monotonic() + self._job.patience.scheduler
+        while not await self._is_cancelled():
+            try:
+                return await ask()
+            except RunError as error:
+                is_over = time.monotonic() >= deadline or self._stop.at_once.is_set()
+                self._job.say(f"the scheduler does not answer{'' if is_over else ' and is asked again'}: {error}")
+            if is_over:
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.at_once.wait(), self._job.patience.scheduler_look)
+        return False
+
+    async def _end_stopped(self, end: AttemptEnd, reason: StopReason) -> JobEnd:
+        """Asks for another start where the scheduler wants its hosts back; else the job ends here."""
+        newest = await asyncio.to_thread(newest_checkpoint, self._job.run, known=self._state.last_checkpoint)
         count = 0 if newest > self._state.last_checkpoint else self._state.attempts_without_progress
-        name = "a signal to its ranks" if self._stop.signal is None else self._stop.signal.name
-        who = {
-            "cancel": "cancelled",
-            "preemption": "preempted",
-            "time_limit": f"stopped before its time limit ({name})",
-            "signal": f"stopped by {name}",
-        }[reason]
         is_saved = end.outcome == "stopped" and end.saved
         if is_saved:
             how = f"saved at step {newest}: {_CONTINUE}" if newest else f"nothing was trained yet: {_CONTINUE}"
@@ -325,26 +322,33 @@ class _Supervisor:
             await self._journal.event("failure", attempt=self._state.attempt, **end.failure.as_event())
         else:
             how = f"ended before a checkpoint was saved; {_CONTINUE} from step {newest}"
-        cause = f"{who}; {how}"
+        cause = f"{self._who_stopped(reason)}; {how}"
         await self._journal.update(cause=cause, attempts_without_progress=count, last_checkpoint=newest)
-        if reason in ("preemption", "time_limit") and await self._requeue(reason, cause):
-            return JobEnd(exit_code=EXIT_STOPPED, cause=cause, requeued=True)
-        await self._journal.update(state="failed")
+        if reason in ("preemption", "time_limit"):
+            if await self._requeue(reason, cause):
+                return JobEnd(exit_code=EXIT_STOPPED, cause=cause, requeued=True)
+            if await self._is_cancelled():
+                cause = f"{self._who_stopped('cancel')}; {how}"
+        await self._journal.update(state="failed", cause=cause)
         self._job.say(cause)
         interrupted = EXIT_INTERRUPTED if self._stop.at_once.is_set() else 1
         return JobEnd(exit_code=EXIT_STOPPED if is_saved else interrupted, cause=cause)
+
+    def _who_stopped(self, reason: StopReason) -> str:
+        name = "a signal to its ranks" if self._stop.signal is None else self._stop.signal.name
+        return {
+            "cancel": "cancelled",
+            "preemption": "preempted",
+            "time_limit": f"stopped before its time limit ({name})",
+            "signal": f"stopped by {name}",
+        }[reason]
 
     async def _requeue(self, reason: str, cause: str) -> bool:
         without = tuple(self._state.excluded_hosts)
         requeues = self._state.requeues
         # Before it is asked for: the scheduler may end this process at once.
         await self._journal.update(state="queued", cause=cause, requeues=requeues + 1)
-        try:
-            accepted = await self._job.backend.requeue(without=without, reason=reason)
-        except RunError as error:
-            self._job.say(f"the job could not be queued again: {error}")
-            accepted = False
-        if not accepted:
+        if not await self._ask_scheduler(partial(self._job.backend.requeue, without=without, reason=reason)):
             await self._journal.update(requeues=requeues)
             return False
         await self._journal.event("requeue", reason=reason, without=without)

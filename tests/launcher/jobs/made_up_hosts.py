@@ -201,6 +201,8 @@ class MadeUpJob:
             look=0.02,
             watch=TIMEOUT,
             hosts=0.02,
+            scheduler=TIMEOUT,
+            scheduler_look=0.01,
         )
 
     def job(self) -> Job:

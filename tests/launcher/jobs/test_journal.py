@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.jobs import journal as journal_module
-from launcher.jobs.job_record import JobFolder, SupervisorState
+from launcher.jobs.job_record import JobFolder, JobState, SupervisorState
 from launcher.jobs.journal import Journal
 from megamodel.train.run_directory import RunDirectory
 
@@ -66,3 +66,23 @@ def test_a_disk_that_takes_nothing_is_told_once_and_ends_nothing(tmp_path: Path)
     (line,) = said
     assert line.startswith(f"{tmp_path}: the job's state and events cannot be written now (")
     assert line.endswith("); it goes on")
+
+
+@pytest.mark.parametrize("state", ["failed", "finished"])
+def test_of_a_job_that_has_ended_nothing_more_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: JobState
+) -> None:
+    monkeypatch.setattr(journal_module, "_INTERVAL_SECONDS", 0.0)
+    folder = JobFolder(RunDirectory(tmp_path))
+
+    async def write() -> None:
+        journal = Journal(RunDirectory(tmp_path), _STATE, say=print)
+        alive = asyncio.ensure_future(journal.keep_alive())
+        await journal.update(state=state)
+        folder.forget_before_launch()
+        async with asyncio.timeout(30):
+            await alive
+        journal.close()
+
+    asyncio.run(write())
+    assert folder.read_state() is None

@@ -2,12 +2,13 @@
 
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from launcher.errors import RunError
 from launcher.jobs.job_record import SupervisorState
 from tests.launcher.jobs.made_up_hosts import MadeUpJob, is_running
 
@@ -89,6 +90,88 @@ def test_a_cancelled_job_is_not_queued_again(tmp_path: Path) -> None:
     assert end.cause == "cancelled; saved at step 7: the same command continues"
     assert job.state().state == "failed"
     assert job.events("stop_asked")[0]["reason"] == "cancel"
+
+
+@pytest.mark.parametrize("when", ["while ranks save", "while the scheduler does not answer"])
+def test_a_job_that_is_cancelled_after_another_stop_is_not_queued_again(tmp_path: Path, when: str) -> None:
+    job = MadeUpJob(tmp_path, ["a"], _SAVES.replace("if rank == 0", "wait_for('go')\nif rank == 0"))
+
+    async def cancel() -> None:
+        await job.wait_for("told-0-1")
+        await job.until(lambda: bool(job.events("stop_asked")))
+        if when == "while ranks save":
+            job.folder.ask_to_cancel()
+            os.kill(os.getpid(), signal.SIGTERM)
+        (job.root / "go").touch()
+
+    async def answer_late(*, without: object, reason: str) -> bool:
+        job.folder.ask_to_cancel()
+        raise RunError("slurmctld: timed out")
+
+    job.backend.requeue = answer_late  # type: ignore[method-assign]
+    end = job.supervise(_stopper(job, signal.SIGUSR1), cancel)
+    assert (end.exit_code, end.requeued, job.events("requeue")) == (75, False, [])
+    assert end.cause == job.state().cause == "cancelled; saved at step 7: the same command continues"
+    assert (job.state().state, job.state().requeues) == ("failed", 0)
+
+
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["first start", "queued again"])
+def test_a_job_that_was_cancelled_while_it_was_queued_does_not_begin(tmp_path: Path, is_restarted: bool) -> None:
+    job = MadeUpJob(tmp_path, ["b"], "")
+    if is_restarted:
+        _left_by_an_earlier_start(job)
+    job.folder.ask_to_cancel()
+    end = job.supervise()
+    assert (end.exit_code, job.state().state, job.backend.starts) == (75, "failed", [])
+    assert end.cause == "cancelled; nothing was trained yet: the same command continues"
+
+
+@pytest.mark.parametrize("state", ["failed", "finished"])
+def test_a_job_that_had_ended_and_is_started_again_counts_anew(tmp_path: Path, state: str) -> None:
+    job = MadeUpJob(tmp_path, ["b"], "if attempt < 7:\n    sys.exit(5)")
+    _left_by_an_earlier_start(job, state=state, attempts_without_progress=3)
+    job.folder.ask_to_cancel()
+    assert job.supervise().exit_code == 0
+    assert job.events("restart")[0]["reason"] == "the job was started again"
+    assert len(job.events("attempt")) == 3
+    assert not job.folder.is_cancelled()
+
+
+def test_a_scheduler_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["a"], _SAVES)
+    job.backend.preempted = True
+    is_preempted, requeue, asked = job.backend.is_preempted, job.backend.requeue, []
+
+    async def hear_late() -> bool:
+        asked.append("is_preempted")
+        if len(asked) < 3:
+            raise RunError("slurmctld: timed out")
+        return await is_preempted()
+
+    async def queue_late(*, without: Sequence[str], reason: str) -> bool:
+        asked.append("requeue")
+        if len(asked) < 6:
+            raise RunError("slurmctld: timed out")
+        return await requeue(without=without, reason=reason)
+
+    job.backend.is_preempted, job.backend.requeue = hear_late, queue_late  # type: ignore[method-assign]
+    assert job.supervise(_stopper(job, signal.SIGTERM)).requeued
+    assert asked == ["is_preempted"] * 3 + ["requeue"] * 3
+    assert job.said.count("the scheduler does not answer and is asked again: slurmctld: timed out") == 4
+    assert job.backend.requeues == [{"without": (), "reason": "preemption"}]
+
+
+def test_a_scheduler_that_never_answers_ends_the_job(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["a"], _SAVES)
+    job.patience = replace(job.patience, scheduler=0.0)
+
+    async def fail(*, without: Sequence[str], reason: str) -> bool:
+        raise RunError("slurmctld: timed out")
+
+    job.backend.requeue = fail  # type: ignore[method-assign]
+    end = job.supervise(_stopper(job, signal.SIGUSR1))
+    assert (end.exit_code, end.requeued, job.state().state, job.state().requeues) == (75, False, "failed", 0)
+    assert "the scheduler does not answer: slurmctld: timed out" in job.said
 
 
 def test_ranks_that_do_not_save_in_time_are_ended(tmp_path: Path) -> None:
