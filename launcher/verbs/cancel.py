@@ -20,6 +20,9 @@ from launcher.verbs.generate import Run
 if TYPE_CHECKING:
     from launcher.jobs.job_record import JobFolder, JobRecord, SupervisorState
 
+# What scancel says of a job that is not to be started again anyway.
+_IS_OVER = "already completing or completed"
+
 Now = Annotated[bool, typer.Option("--now", help="End it at once, without saving.")]
 
 
@@ -28,7 +31,7 @@ class _Done:
     """What was done."""
 
     action: str
-    """stops: it saves, then ends. killed: it does not save. dequeued: it had not begun."""
+    """stops: it saves, then ends. killed: it does not save. dequeued: it had not begun, or was about to begin again."""
     sentence: str
 
 
@@ -58,14 +61,16 @@ def _in_queue(folder: JobFolder, record: JobRecord, now: bool) -> _Done:
     jobs = jobs_in_queue([job_id])
     if jobs is None:
         raise RunError(f"job {job_id}: SLURM's queue cannot be asked here (squeue); run this where jobs are submitted")
-    if (job := jobs.get(job_id)) is None or job.state == "COMPLETING":
+    state = folder.read_state()
+    has_ended = state is not None and state.state in ("finished", "failed")
+    if (job := jobs.get(job_id)) is None or (job.state == "COMPLETING" and has_ended):
         raise RunError(f"job {job_id} is not running any more: there is nothing to cancel")
     folder.ask_to_cancel()
+    if job.state == "COMPLETING":
+        return _at_its_end(folder, job_id, state)
     if job.waits:
         _scancel(job_id)
-        _note_end(
-            folder, "cancelled before it was started" if folder.read_state() is None else "cancelled while it waited"
-        )
+        _note_end(folder, "cancelled before it was started" if state is None else "cancelled while it waited")
         return _Done(action="dequeued", sentence=f"Job {job_id} waited in the queue, and is taken out of it.")
     if now:
         _scancel(job_id)
@@ -75,6 +80,18 @@ def _in_queue(folder: JobFolder, record: JobRecord, now: bool) -> _Done:
         action="stops",
         sentence=f"Job {job_id} is asked to save and end; `mega status` tells when it has. --now ends it at once.",
     )
+
+
+def _at_its_end(folder: JobFolder, job_id: str, state: SupervisorState | None) -> _Done:
+    """A job that SLURM is to start again looks like one that is over until its processes have ended."""
+    try:
+        _scancel(job_id)
+    except RunError as error:
+        if _IS_OVER not in str(error):
+            raise
+    if state is None or state.state == "queued":  # else its supervisor still lives, and says itself how it ends
+        _note_end(folder, "cancelled before it was started again")
+    return _Done(action="dequeued", sentence=f"Job {job_id} is just ending, and is not started again.")
 
 
 def _scancel(*arguments: str) -> None:

@@ -101,12 +101,54 @@ def test_a_job_that_waits(mega: Mega, folder: JobFolder, fake_slurm: FakeSlurm, 
 
 def test_a_job_that_is_gone(mega: Mega, folder: JobFolder, fake_slurm: FakeSlurm) -> None:
     launched(folder)
-    for answer in ("", 'echo "7|COMPLETING|None"'):
+    for answer, state in (
+        ("", "running"),
+        ('echo "7|COMPLETING|None"', "finished"),
+        ('echo "7|COMPLETING|None"', "failed"),
+    ):
+        supervised(folder, state=state)
         fake_slurm.program("squeue", answer)
         ended = mega("cancel", "big")
         assert ended.code == 1
         assert "job 7 is not running any more" in ended.err
     assert not folder.is_cancelled()
+    assert fake_slurm.calls("scancel") == []
+
+
+@pytest.mark.parametrize("state", [None, "queued", "running"])
+def test_a_job_that_ends_to_be_started_again(
+    mega: Mega, folder: JobFolder, fake_slurm: FakeSlurm, state: str | None
+) -> None:
+    launched(folder)
+    if state is not None:
+        supervised(folder, state=state, cause="preempted")
+    fake_slurm.program("squeue", 'echo "7|COMPLETING|None"')
+    ended = mega("cancel", "big", "--json")
+    assert (ended.code, ended.json["action"]) == (0, "dequeued")
+    assert "Job 7 is just ending, and is not started again." in ended.err
+    # A start that is under way already reads it.
+    assert folder.is_cancelled()
+    assert fake_slurm.calls("scancel") == ["scancel 7"]
+    after = folder.read_state()
+    assert after is not None
+    if state == "running":  # its supervisor still lives, and says itself how it ends
+        assert (after.state, after.cause) == ("running", "preempted")
+    else:
+        assert (after.state, after.cause) == ("failed", "cancelled before it was started again")
+
+
+@pytest.mark.parametrize(
+    ("said", "code"), [("Job/step already completing or completed", 0), ("Access/permission denied", 1)]
+)
+def test_slurm_does_not_cancel_what_ends(
+    mega: Mega, folder: JobFolder, fake_slurm: FakeSlurm, said: str, code: int
+) -> None:
+    launched(folder)
+    fake_slurm.program("squeue", 'echo "7|COMPLETING|None"')
+    fake_slurm.program("scancel", f'echo "scancel: error: Kill job error on job id 7: {said}" >&2; exit 1')
+    ended = mega("cancel", "big")
+    assert ended.code == code
+    assert (said in ended.err) is bool(code)
 
 
 def test_slurm_says_no(mega: Mega, folder: JobFolder, fake_slurm: FakeSlurm) -> None:
