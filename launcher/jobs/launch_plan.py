@@ -17,13 +17,13 @@ from launcher.jobs.host_choice import ranks_on_a_host
 from launcher.jobs.hostfile import ListedHost, read_hostfile
 from launcher.jobs.job_record import BackendName
 from launcher.jobs.slurm_script import render_script
+from launcher.jobs.slurm_step import is_image_file
 from launcher.toml_writing import value_to_toml
 from megamodel.train.run_directory import RunDirectory
 
 _UNIT_SECONDS = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}
 # SLURM looks at time limits now and then only: its warning comes up to 60 s early. And a start takes its time.
 _SIGNAL_IS_EARLY_SECONDS = 90
-_IMAGE_FILES = (".sqsh", ".sif", ".squashfs", ".img")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ def _slurm_problems(plan: LaunchPlan) -> Iterator[str]:
             "every host would fetch it at each start, and many at once are refused; "
             f"fetch it once, to where all hosts see it: apptainer pull image.sif {shlex.quote(image)}, and name that file",
         )
-    if image is not None and _is_file_name(image) and not Path(image).expanduser().exists():
+    if image is not None and is_image_file(image) and not Path(image).expanduser().exists():
         yield _problem(plan, "slurm.container.image", image, "no such file")
     try:
         render_script(config, ranks_per_node=ranks, working_directory=Path.cwd())
@@ -207,11 +207,6 @@ def _doubts(config: RunConfig, backend: BackendName) -> Iterator[str]:
 def _problem(plan: LaunchPlan, key: str, value: object, explanation: str) -> str:
     source = plan.loaded.origins.get(key, "defaults")
     return f"{source}: {key} = {value_to_toml(value)}: {explanation}"
-
-
-def _is_file_name(image: str) -> bool:
-    """Whether it names a file, rather than something in a registry."""
-    return "://" not in image and (image.startswith(("/", "./", "../", "~")) or image.endswith(_IMAGE_FILES))
 
 
 def seconds_of(time: str) -> int:

@@ -39,6 +39,8 @@ def starter_command(plan: LaunchPlan, *, working_directory: Path, environ: Mappi
             name="attempt-1",
             working_directory=working_directory,
             run_directory=plan.run.root,
+            job_id="JOB",
+            device=plan.config.run.device,
         )
         return shlex.join(command)
     if plan.backend == "mpi":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.jobs.config import ContainerConfig, SlurmConfig
 
+_IMAGE_FILES = (".sqsh", ".sif", ".squashfs", ".img")
 # How the batch script's job was asked for. srun would take it for what a step asks for, which says it all itself.
 _ASKED_BY_JOB = (
     "SLURM_NTASKS",
@@ -34,16 +35,18 @@ def step_command(
     name: str,
     working_directory: Path,
     run_directory: Path,
+    job_id: str,
+    device: str,
 ) -> tuple[str, ...]:
-    """Starts agents on `hosts`: `tasks_per_host` on each."""
+    """Starts agents on `hosts`: `tasks_per_host` on each. `device`: `run.device` of the configuration."""
     container = slurm.container
     return (
         "srun",
         *step_options(hosts, tasks_per_host=tasks_per_host, name=name),
         f"--mpi={slurm.mpi}",
-        *_container_options(container, working_directory, run_directory),
+        *_container_options(container, working_directory, run_directory, job_id),
         *slurm.srun_options,
-        *_container_prefix(container, working_directory, run_directory, has_gpus=bool(slurm.gpus)),
+        *_container_prefix(container, working_directory, run_directory, has_gpus=device != "cpu"),
         *agent_command(container),
     )
 
@@ -87,12 +90,21 @@ def python_of_ranks(container: ContainerConfig) -> str:
     return sys.executable if container.runtime == "none" else container.python
 
 
-def _container_options(container: ContainerConfig, working_directory: Path, run_directory: Path) -> tuple[str, ...]:
+def is_image_file(image: str) -> bool:
+    """Whether it names a file, rather than something in a registry."""
+    return "://" not in image and (image.startswith(("/", "./", "../", "~")) or image.endswith(_IMAGE_FILES))
+
+
+def _container_options(
+    container: ContainerConfig, working_directory: Path, run_directory: Path, job_id: str
+) -> tuple[str, ...]:
     """Those of pyxis."""
     if container.runtime != "pyxis":
         return ()
     return (
         f"--container-image={container.image}",
+        # A host keeps what it has fetched from a registry for the job: the next attempt does not fetch it again.
+        *(() if container.image is None or is_image_file(container.image) else (f"--container-name=mega-{job_id}",)),
         f"--container-mounts={','.join(_mounts(container, working_directory, run_directory))}",
         f"--container-workdir={working_directory}",
     )

@@ -48,7 +48,7 @@ def _supervise(run: Path, say: Callable[[str], None]) -> int:
     directory = RunDirectory(run)
     folder = JobFolder(directory)
     config = load_run_config([folder.config]).config
-    backend = SlurmBackend(os.environ, config.slurm, directory, say=say)
+    backend = SlurmBackend(os.environ, config.slurm, directory, say=say, device=config.run.device)
     with _locked(run, say):
         _note_job(folder, os.environ["SLURM_JOB_ID"])
         job = Job(

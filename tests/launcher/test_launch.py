@@ -206,6 +206,21 @@ def test_a_dry_run_shows_all_and_queues_nothing(mega: Mega, tiny: Path, queue: F
     assert not Path("runs").exists()
 
 
+def test_a_dry_run_shows_the_container(mega: Mega, tiny: Path, queue: FakeSlurm, tmp_path: Path) -> None:
+    def starter(*settings: str) -> str:
+        words = [word for setting in settings for word in ("--set", setting)]
+        return str(mega("launch", tiny, "--on", "slurm", "--dry-run", "--json", *words).json["starter"])
+
+    assert "--container-name=mega-JOB " in starter(
+        "slurm.container.runtime=pyxis", "slurm.container.image=docker://a/b"
+    )
+    image = tmp_path / "x.sif"
+    image.touch()
+    apptainer = ("slurm.container.runtime=apptainer", f"slurm.container.image={image}")
+    assert "apptainer exec --nv --bind" in starter(*apptainer)
+    assert "apptainer exec --bind" in starter(*apptainer, "run.device=cpu")
+
+
 def test_a_dry_run_tells_of_networks_that_are_not_here(mega: Mega, tiny: Path, queue: FakeSlurm) -> None:
     wants = ("--nodes", "2", "--set", "launch.network=infiniband")
     shown = mega("launch", tiny, "--on", "slurm", "--dry-run", *wants).out

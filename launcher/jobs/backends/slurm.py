@@ -92,15 +92,20 @@ class SlurmBackend:
         run: RunDirectory,
         *,
         say: Callable[[str], None],
+        device: str,
         working_directory: Path | None = None,
     ) -> None:
-        """`environ`: of the batch script. Raises ConfigError where it is none of a job of SLURM."""
+        """`environ`: of the batch script; `device`: `run.device` of the configuration.
+
+        Raises ConfigError where the environment is none of a job of SLURM.
+        """
         if not environ.get("SLURM_JOB_ID"):
             raise ConfigError("SLURM_JOB_ID is not set: this runs as a batch job of SLURM, by `mega launch --on slurm`")
         self._environ = dict(environ)
         self._slurm = slurm
         self._run = run
         self._say = say
+        self._device = device
         self._working_directory = working_directory or Path.cwd()
         self._job_id = environ["SLURM_JOB_ID"]
         self._restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
@@ -132,6 +137,8 @@ class SlurmBackend:
             name=name,
             working_directory=self._working_directory,
             run_directory=self._run.root,
+            job_id=self._job_id,
+            device=self._device,
         )
         environ = {**step_environ(self._environ), RUN: str(self._run.root), **start.environ}
         process = _popen(command, environ, start.output)

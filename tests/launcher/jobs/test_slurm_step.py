@@ -9,7 +9,7 @@ from launcher.jobs.config import ContainerConfig, SlurmConfig
 from launcher.jobs.slurm_step import step_command, step_environ
 
 
-def command_of(slurm: SlurmConfig, *, tasks_per_host: int = 1) -> tuple[str, ...]:
+def command_of(slurm: SlurmConfig, *, tasks_per_host: int = 1, device: str = "auto") -> tuple[str, ...]:
     return step_command(
         slurm,
         hosts=["n1", "n2", "n4"],
@@ -17,6 +17,8 @@ def command_of(slurm: SlurmConfig, *, tasks_per_host: int = 1) -> tuple[str, ...
         name="attempt-2",
         working_directory=Path("/work"),
         run_directory=Path("runs/big"),
+        job_id="7",
+        device=device,
     )
 
 
@@ -41,8 +43,9 @@ def test_pyxis() -> None:
         runtime="pyxis", image="nvcr.io#nvidia/pytorch:25.01", mounts=("/data", "/a:/b:ro"), python="py"
     )
     command = command_of(SlurmConfig(container=container))
-    assert command[-7:] == (
+    assert command[-8:] == (
         "--container-image=nvcr.io#nvidia/pytorch:25.01",
+        "--container-name=mega-7",
         "--container-mounts=/work:/work,/work/runs/big:/work/runs/big,/data:/data,/a:/b:ro",
         "--container-workdir=/work",
         "py",
@@ -52,12 +55,20 @@ def test_pyxis() -> None:
     )
 
 
+def test_an_image_in_a_file_is_not_kept_on_hosts() -> None:
+    container = ContainerConfig(runtime="pyxis", image="/images/x.sqsh")
+    assert not any(word.startswith("--container-name") for word in command_of(SlurmConfig(container=container)))
+
+
 def test_apptainer() -> None:
     container = ContainerConfig(runtime="apptainer", image="/images/x.sif", mounts=("/data",))
     inside = ("--pwd", "/work", "/images/x.sif", "python3", "-m", "launcher", "agent")
     mounts = ("--bind", "/work:/work,/work/runs/big:/work/runs/big,/data:/data")
-    assert command_of(SlurmConfig(container=container))[-11:] == ("apptainer", "exec", *mounts, *inside)
-    assert command_of(SlurmConfig(container=container, gpus=8))[-12:] == ("apptainer", "exec", "--nv", *mounts, *inside)
+    slurm = SlurmConfig(container=container)
+    assert command_of(slurm, device="cpu")[-11:] == ("apptainer", "exec", *mounts, *inside)
+    # GPUs may be asked for in other ways than slurm.gpus.
+    for device in ("auto", "cuda"):
+        assert command_of(slurm, device=device)[-12:] == ("apptainer", "exec", "--nv", *mounts, *inside)
 
 
 def test_what_the_job_was_asked_for_is_not_what_a_step_is_asked_for() -> None:

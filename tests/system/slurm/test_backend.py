@@ -33,7 +33,7 @@ from megamodel.train.run_directory import RunDirectory
 
 root = Path(sys.argv[1])
 start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-backend = SlurmBackend(os.environ, SlurmConfig(mpi=sys.argv[2]), RunDirectory(root), say=print)
+backend = SlurmBackend(os.environ, SlurmConfig(mpi=sys.argv[2]), RunDirectory(root), say=print, device="cpu")
 
 def answer(number, **what):
     partial = root / "partial"

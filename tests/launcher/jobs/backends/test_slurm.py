@@ -41,7 +41,7 @@ class Case:
         self.said: list[str] = []
         environ = {**os.environ, "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1", **environ}
         self.backend = SlurmBackend(
-            environ, config or SlurmConfig(), self.run, say=self.said.append, working_directory=folder
+            environ, config or SlurmConfig(), self.run, say=self.said.append, device="cpu", working_directory=folder
         )
 
     def has_requeued(self, times: int) -> None:
@@ -64,7 +64,7 @@ async def until(ready: Callable[[], bool]) -> None:
 
 def test_it_must_be_within_a_job(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="SLURM_JOB_ID is not set"):
-        SlurmBackend({}, SlurmConfig(), RunDirectory(tmp_path), say=print)
+        SlurmBackend({}, SlurmConfig(), RunDirectory(tmp_path), say=print, device="cpu")
 
 
 def test_hosts_are_those_that_the_job_still_has(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
