@@ -17,6 +17,8 @@ class Failure:
     kind: FailureKind
     message: str
     """One line for the user: who, where, what, and when."""
+    at: float | None = None
+    """Seconds since 1970: when the rank, the host or their starter ended. None where nothing did."""
     exit_code: int = 1
     """That the job would end with."""
     rank: int | None = None
@@ -34,11 +36,14 @@ class Failure:
     """Whether these hosts themselves seem to be gone, rather than what ran on them."""
     bad_hosts: Mapping[str, str] = field(default_factory=dict)
     """Hosts that preflight found bad, with what is bad."""
+    is_unanswered: bool = False
+    """Of preflight: whether it has only missed ranks, and has not seen what is bad."""
 
     def as_event(self) -> dict[str, Any]:
         """Details of the event `failure`."""
         return {
             "kind": self.kind,
+            "at": self.at,
             "rank": self.rank,
             "host": self.host,
             "message": self.message,

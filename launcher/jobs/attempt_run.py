@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunError
+from launcher.fabric_place import rank_hosts_variable
 from launcher.jobs.attempt_end import AttemptEnd, Failure
 from launcher.jobs.backend import Agents, AgentsStart
 from launcher.jobs.backends.starter import hosts_in_words, last_words
@@ -99,7 +100,7 @@ class AttemptRun:
             words = await asyncio.to_thread(last_words, self._output)
             if not come.done():
                 blamed = await asyncio.to_thread(hosts_in_words, self._output, self._hosts)
-                failure = of_starter(starter.result(), words, blamed)
+                failure = of_starter(starter.result(), words, blamed, at=time.time())
             elif (lost := await _lost_before_start(attempt)) is not None:
                 scene = Scene(num_ranks=self._num_ranks, logs=self._directory, step=None, doing={})
                 failure = of_lost_host(lost, scene)
@@ -111,7 +112,7 @@ class AttemptRun:
 
     async def _train(self, attempt: Attempt, agents: Agents) -> AttemptEnd:
         verdict = None
-        environ = dict(self._job.environ)
+        environ = {**self._job.environ, **rank_hosts_variable(self._hosts)}
         if self._job.launch.preflight.enabled:
             verdict = PreflightVerdict(self._directory / "preflight.json")
             environ[PREFLIGHT] = str(verdict.path.absolute())

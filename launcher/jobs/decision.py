@@ -45,7 +45,11 @@ def decide(
     others are left."""
     count = 0 if has_progressed else attempts_without_progress + 1
     if failure.kind == "preflight":
-        if failure.bad_hosts and launch.preflight.on_bad_host == "exclude":
+        if not failure.bad_hosts or launch.preflight.on_bad_host != "exclude":
+            return Decision(
+                restarts=False, cause=failure.message, attempts_without_progress=count, exit_code=EXIT_REFUSED
+            )
+        if not failure.is_unanswered:
             # It has found a way on, so it is no attempt without progress.
             return Decision(
                 restarts=True,
@@ -53,7 +57,8 @@ def decide(
                 attempts_without_progress=attempts_without_progress,
                 exclude=failure.bad_hosts,
             )
-        return Decision(restarts=False, cause=failure.message, attempts_without_progress=count, exit_code=EXIT_REFUSED)
+        # What made ranks silent may follow them to any host.
+        return _again(failure, launch, count, failure.bad_hosts)
     exclude = {
         host: f"was lost {losses[host]} times in a row"
         for host in failure.lost_hosts
@@ -64,6 +69,11 @@ def decide(
         return Decision(
             restarts=False, cause=failure.message, attempts_without_progress=count, exit_code=failure.exit_code
         )
+    return _again(failure, launch, count, exclude)
+
+
+def _again(failure: Failure, launch: LaunchConfig, count: int, exclude: Mapping[str, str]) -> Decision:
+    """Another attempt, as long as there are not too many without progress."""
     if count >= launch.max_attempts_without_progress:
         return Decision(
             restarts=False,

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.fabric.findings import Finding
 from launcher.errors import ConfigError
-from launcher.first_cause import earliness, failures, how_it_ended, signal_name
+from launcher.first_cause import earliness, failed_at, failures, how_it_ended, signal_name
 from launcher.jobs.attempt_end import Failure, FailureKind
 from launcher.jobs.head import HostLost, RankEnded
 from launcher.verb import EXIT_REFUSED
@@ -61,7 +61,7 @@ def first_failure(
     found = [(earliness(end), _of_rank(end, scene)) for end in failures(ended)]
     found += [((False, False, _lost_since(host, silence_s)), of_lost_host(host, scene)) for host in lost if host.ranks]
     if starter is not None:
-        found.append(((False, False, starter.at), of_starter(starter.code, starter.words, ())))
+        found.append(((False, False, starter.at), of_starter(starter.code, starter.words, (), at=starter.at)))
     return min(found, key=lambda each: each[0], default=(None, None))[1]
 
 
@@ -93,12 +93,13 @@ def of_absence(absent: Sequence[str], hosts: Sequence[str], *, seconds: float, w
     )
 
 
-def of_starter(code: int, words: str, blamed: Sequence[str]) -> Failure:
+def of_starter(code: int, words: str, blamed: Sequence[str], *, at: float) -> Failure:
     """The starter of agents has ended too early; `blamed` are the hosts of which it complained."""
     how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     return Failure(
         kind="starter",
         message=f"the program that starts the hosts {how}" + (f": {words}" if words else ""),
+        at=at,
         host=blamed[0] if blamed else None,
         lost_hosts=tuple(blamed),
         are_missing=True,
@@ -109,14 +110,23 @@ def of_preflight(verdict: Mapping[str, Any]) -> Failure:
     """The checks before the first step have said no; `verdict` is what rank 0 has written of them."""
     sentences = [str(sentence) for sentence in verdict.get("sentences", ())] or ["it does not say why"]
     hosts = [str(host) for host in verdict.get("bad_hosts", ())]
-    reasons = {host: next((each for each in sentences if host in each), sentences[0]) for host in hosts}
+    reasons = verdict.get("reasons", {})
     return Failure(
         kind="preflight",
         message=f"preflight: {' '.join(sentences)}",
         exit_code=EXIT_REFUSED,
         host=hosts[0] if hosts else None,
-        bad_hosts=reasons,
+        bad_hosts={host: str(reasons.get(host, sentences[0])) for host in hosts},
+        is_unanswered=bool(missed_ranks(verdict)),
     )
+
+
+def missed_ranks(verdict: Mapping[str, Any]) -> frozenset[int]:
+    """Ranks that did not answer, where preflight has nothing else against a start: why, it does not know."""
+    errors = [finding for finding in verdict.get("findings", ()) if finding["severity"] == "error"]
+    if any(finding["kind"] != "missing_rank" for finding in errors):
+        return frozenset()
+    return frozenset(rank for finding in errors for rank in finding["ranks"])
 
 
 def collective_of(finding: Finding) -> str:
@@ -130,8 +140,9 @@ def _of_rank(end: RankEnded, scene: Scene) -> Failure:
     return Failure(
         kind=kind,
         message=f"rank {end.rank} of {scene.num_ranks} on {end.host}{_one_line(how_it_ended(end))}{scene.when(end.rank)}",
-        # What a job's own exit code tells is: a wrong configuration, a check that said no, or a failure.
-        exit_code=end.code if end.code in (ConfigError.exit_code, EXIT_REFUSED) else 1,
+        at=failed_at(end),
+        # A wrong configuration, or a check that said no: but only a rank that says so itself means that by its exit code.
+        exit_code=end.code if end.record is not None and end.code in (ConfigError.exit_code, EXIT_REFUSED) else 1,
         rank=end.rank,
         host=end.host,
         last_collective=scene.doing.get(end.rank) or None,
@@ -147,6 +158,7 @@ def of_lost_host(lost: HostLost, scene: Scene) -> Failure:
     return Failure(
         kind="host_lost",
         message=f"host {lost.host} was lost: {lost.why}{scene.when(seen)}",
+        at=lost.at,
         host=lost.host,
         last_collective=None if seen is None else scene.doing[seen],
         step=scene.step,

@@ -26,6 +26,7 @@ from launcher.jobs.first_failure import (
     collective_of,
     fell_silent,
     first_failure,
+    missed_ranks,
     of_hang,
     of_preflight,
 )
@@ -231,7 +232,7 @@ class RanksWatch:
         scene = self._scene or self._look_at_scene()
         first = self._ended.get(0)
         if first is not None and first.code == EXIT_REFUSED and (refusal := self._refusal()) is not None:
-            return _failed(of_preflight(refusal))
+            return _failed(self._why_missed(missed_ranks(refusal), scene) or of_preflight(refusal))
         if self._hang is not None:
             return _failed(of_hang(self._hang, scene))
         if have_stopped(ended, was_asked=self._stop.signal is not None):
@@ -243,6 +244,13 @@ class RanksWatch:
         failure = first_failure(ended, self._lost, self._starter, self._with_findings(scene), silence_s=silence_s)
         assert failure is not None, "ranks are ended for a reason"
         return _failed(failure)
+
+    def _why_missed(self, missed: frozenset[int], scene: Scene) -> Failure | None:
+        """Of ranks that did not answer preflight: how they ended, where they did so by themselves, as by a crash that has
+        nothing to do with their host."""
+        ended = [end for end in self._ended.values() if end.rank in missed and explains_itself(end)]
+        lost = [host for host in self._lost if not missed.isdisjoint(host.ranks)]
+        return first_failure(ended, lost, None, scene, silence_s=self._job.launch.lost_host_seconds)
 
     def _with_findings(self, scene: Scene) -> Scene:
         """Of ranks that the watch has named it also knows the collective in which they are missed."""

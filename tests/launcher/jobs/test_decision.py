@@ -64,6 +64,19 @@ def test_a_bad_host_is_excluded_and_does_not_count() -> None:
     assert (stopped.restarts, stopped.exit_code, stopped.exclude) == (False, 3, {})
 
 
+def test_a_host_whose_ranks_did_not_answer_preflight_is_excluded_and_counts() -> None:
+    refusal = Failure(
+        kind="preflight", message="rank 3 did not answer", exit_code=3, bad_hosts={"n3": "silent"}, is_unanswered=True
+    )
+    decision = _decide(refusal, attempts_without_progress=1)
+    assert (decision.restarts, decision.attempts_without_progress, decision.exclude) == (True, 2, {"n3": "silent"})
+    last = _decide(refusal, attempts_without_progress=2)
+    assert (last.restarts, last.cause) == (
+        False,
+        "rank 3 did not answer; 3 attempts in a row without a new checkpoint",
+    )
+
+
 def test_a_refusal_that_is_no_hosts_fault_ends_the_job() -> None:
     decision = _decide(Failure(kind="preflight", message="torch differs", exit_code=3))
     assert (decision.restarts, decision.exit_code, decision.cause) == (False, 3, "torch differs")

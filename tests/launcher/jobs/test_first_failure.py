@@ -1,5 +1,6 @@
 """The first cause of a failed attempt, in words."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from launcher.jobs.first_failure import (
     Scene,
     StarterEnd,
     first_failure,
+    missed_ranks,
     of_absence,
     of_hang,
     of_preflight,
@@ -52,6 +54,7 @@ def test_a_killed_rank_is_told_with_its_host_step_and_collective() -> None:
     )
     assert failure.as_event() == {
         "kind": "signal",
+        "at": 101.0,
         "rank": 3,
         "host": "n3",
         "message": failure.message,
@@ -72,9 +75,15 @@ def test_an_exception_is_told_in_one_line_and_keeps_its_traceback() -> None:
 
 @pytest.mark.parametrize(("code", "told"), [(5, 1), (2, 2), (3, 3), (127, 1)])
 def test_only_exit_codes_with_a_meaning_are_passed_on(code: int, told: int) -> None:
+    failure = _first(_ended(1, code, message="no good"))
+    assert (failure.kind, failure.exit_code) == ("exception", told)
+
+
+@pytest.mark.parametrize("code", [5, 2, 3, 127])
+def test_an_exit_code_of_which_the_rank_gives_no_account_means_nothing(code: int) -> None:
     failure = _first(_ended(1, code, last_line="no good"))
     assert failure.message == f"rank 1 of 4 on n1 ended with exit code {code}: no good (after step 41)"
-    assert (failure.kind, failure.exit_code) == ("exit", told)
+    assert (failure.kind, failure.exit_code) == ("exit", 1)
 
 
 def test_a_lost_host_comes_before_what_it_caused_and_after_what_came_before() -> None:
@@ -110,7 +119,7 @@ def test_a_starter_that_has_ended_before_its_hosts_were_lost_is_the_cause() -> N
 
 
 def test_a_starter_that_complains_of_a_host() -> None:
-    failure = of_starter(255, "ssh: connect to host n3 port 22: No route to host", ["n3"])
+    failure = of_starter(255, "ssh: connect to host n3 port 22: No route to host", ["n3"], at=1.0)
     assert failure.message == (
         "the program that starts the hosts ended with exit code 255: ssh: connect to host n3 port 22: No route to host"
     )
@@ -142,8 +151,26 @@ def test_a_hang_is_told_by_the_finding() -> None:
 
 
 def test_preflight_gives_each_bad_host_its_own_reason() -> None:
-    sentences = ["n3 is slow.", "n1 has no disk.", "The clocks differ."]
-    failure = of_preflight({"ok": False, "sentences": sentences, "bad_hosts": ["n1", "n3", "n5"]})
-    assert failure.message == "preflight: n3 is slow. n1 has no disk. The clocks differ."
-    assert failure.bad_hosts == {"n1": "n1 has no disk.", "n3": "n3 is slow.", "n5": "n3 is slow."}
+    sentences = ["n10 is slow.", "n1 has no disk.", "The clocks differ."]
+    reasons = {"n1": "n1 has no disk.", "n10": "n10 is slow."}
+    failure = of_preflight({"ok": False, "sentences": sentences, "bad_hosts": ["n1", "n10"], "reasons": reasons})
+    assert failure.message == "preflight: n10 is slow. n1 has no disk. The clocks differ."
+    assert failure.bad_hosts == reasons
     assert failure.exit_code == 3
+    assert not failure.is_unanswered
+
+
+def test_ranks_that_preflight_only_missed_are_known() -> None:
+    missing = {"kind": "missing_rank", "severity": "error", "ranks": [3, 4]}
+    warning = {"kind": "package", "severity": "warning", "ranks": [0]}
+    assert missed_ranks({"findings": [missing, warning]}) == {3, 4}
+    assert missed_ranks({"findings": [missing, {"kind": "disk", "severity": "error", "ranks": [0]}]}) == frozenset()
+    assert of_preflight({"findings": [missing], "sentences": ["Rank 3 did not answer."]}).is_unanswered
+
+
+def test_when_it_happened_is_told() -> None:
+    assert _first(_ended(3, -9, at=101.5)).at == 101.5
+    record = FailureRecord(at=99.5, message="the disk is full", exit_code=1, traceback="")
+    assert _first(replace(_ended(3, 1, at=101.5), record=record)).as_event()["at"] == 99.5
+    assert _first(_lost("n2", at=98.5)).at == 98.5
+    assert _first(starter=StarterEnd(at=97.5, code=1, words="")).at == 97.5

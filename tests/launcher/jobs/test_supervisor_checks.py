@@ -19,8 +19,11 @@ from tests.launcher.jobs.made_up_hosts import MadeUpJob, is_running, wait_until
 
 # Preflight on: the first attempt is refused for the reason that `refuse` is given.
 _PREFLIGHT = """
-def refuse(sentences, bad_hosts):
-    verdict = {"ok": False, "sentences": sentences, "bad_hosts": bad_hosts, "seconds": 0.5}
+def refuse(sentences, bad_hosts, missed=()):
+    findings = [{"kind": "missing_rank", "severity": "error", "ranks": list(missed)}] if missed else []
+    reasons = {each: sentences[0] for each in bad_hosts}
+    verdict = {"ok": False, "sentences": sentences, "findings": findings, "bad_hosts": bad_hosts, "reasons": reasons,
+               "seconds": 0.5}
     path = Path(os.environ["MEGA_PREFLIGHT"])
     path.with_suffix(".partial").write_text(json.dumps(verdict))
     path.with_suffix(".partial").rename(path)
@@ -153,6 +156,42 @@ elif rank == 0:
     assert (accepted["attempt"], accepted["ok"], accepted["seconds"]) == (2, True, 0.5)
     assert job.events("failure")[0]["message"] == "preflight: b's link is slow. The clocks differ."
     assert job.state().attempts_without_progress == 0
+
+
+def _misses_rank_1(does: str, until: str) -> str:
+    lines = (
+        *("if rank == 1:", f"    {does}"),
+        *(f"while not ({until}):", "    time.sleep(0.01)"),
+        "refuse(['Rank 1 did not answer.'], ['b' if attempt == 1 else 'c'], [1])",
+    )
+    return _PREFLIGHT + "\n".join(lines)
+
+
+def test_a_rank_that_crashes_during_preflight_is_no_fault_of_its_host(tmp_path: Path) -> None:
+    gone = "pid.exists() and not Path('/proc', pid.read_text()).exists()"
+    script = "pid = run / f'pid-1-{attempt}'\n" + _misses_rank_1("fail('KeyError: nothing')", gone)
+    job = MadeUpJob(tmp_path, ["a", "b", "c", "d"], script, launch=_ON + "nodes = 2\nmax_attempts_without_progress = 2")
+
+    end = job.supervise()
+    assert end.cause == (
+        "rank 1 of 2 on c: KeyError: nothing (before a step was recorded); 2 attempts in a row without a new checkpoint"
+    )
+    assert (end.exit_code, job.state().excluded_hosts) == (1, {})
+
+
+def test_a_rank_that_is_silent_during_preflight_is_and_counts(tmp_path: Path) -> None:
+    script = _misses_rank_1("mark('silent'); hang()", "(run / f'silent-1-{attempt}').exists()")
+    job = MadeUpJob(tmp_path, ["a", "b", "c", "d"], script, launch=_ON + "nodes = 2\nmax_attempts_without_progress = 2")
+    assert job.supervise().exit_code == 1
+    assert job.state().excluded_hosts == dict.fromkeys("bc", "Rank 1 did not answer.")
+    assert job.state().attempts_without_progress == 2
+
+
+def test_ranks_are_told_their_hosts_in_order(tmp_path: Path) -> None:
+    script = "mark('hosts', os.environ['MEGA_RANK_HOSTS'])"
+    job = MadeUpJob(tmp_path, ["a", "b"], script, launch="nodes = 2", ranks_per_host=2)
+    assert job.supervise().exit_code == 0
+    assert (job.root / "hosts-3-1").read_text() == "a,b"
 
 
 def test_without_a_spare_the_job_is_queued_again_without_the_bad_host_and_nothing_is_waited_for(tmp_path: Path) -> None:
