@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.jobs.job_record import JobFolder, SupervisorState
+from launcher.jobs.job_record import JobFolder, JobRecord, SupervisorState
 from megamodel.train.run_directory import RunDirectory
 from tests.system.slurm.cluster import SlurmOfHosts
 
@@ -76,10 +76,14 @@ asyncio.run(main())
 class Supervised:
     """A batch job of such a supervisor."""
 
-    def __init__(self, slurm: SlurmOfHosts, root: Path, *, hosts: int, tasks: int = 1, mpi: str = "none") -> None:
+    def __init__(
+        self, slurm: SlurmOfHosts, root: Path, *, hosts: int, tasks: int = 1, mpi: str = "none", lives_on: bool = False
+    ) -> None:
+        """`lives_on`: after a SIGTERM, until SLURM kills it."""
         self.slurm, self.root, self.starts = slurm, root, 0
         self._asked = 0
-        (root / "supervisor.py").write_text(_SUPERVISOR)
+        first = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if lives_on else ""
+        (root / "supervisor.py").write_text(first + _SUPERVISOR)
         self.folder = JobFolder(RunDirectory(root))
         self.folder.root.mkdir()
         options = [f"--nodes={hosts}", f"--ntasks-per-node={tasks}", "--exclusive", "--no-kill", "--requeue"]
@@ -220,3 +224,44 @@ def test_the_loss_of_the_first_host_does_not_leave_a_job_without_a_head(slurm: S
     assert hosts[0] not in job.begins_again()["hosts"]
     event = json.loads((tmp_path / "events.jsonl").read_text())
     assert (event["event"], event["reason"], event["host"]) == ("requeue", "host_lost", hosts[0])
+
+
+def test_a_spare_host_guards_what_trains_on_the_first_alone(slurm: SlurmOfHosts, tmp_path: Path) -> None:
+    job = Supervised(slurm, tmp_path, hosts=2)
+    first, _ = job.hear()["hosts"]
+    job.ask("start", [first], 1)
+    wait_until(lambda: "guard" in job.steps(), slurm.logs)
+    slurm.kill_host(first)
+    assert first not in job.begins_again()["hosts"]
+
+
+def test_a_job_that_is_being_queued_again_can_be_cancelled(slurm: SlurmOfHosts, tmp_path: Path) -> None:
+    """While its processes end it looks like a job that is over."""
+    lives_on = ("sh", "-c", 'trap "" TERM; touch up; while sleep 1; do :; done')
+    job = slurm.submit(*lives_on, options=["--requeue", "--exclusive"], cwd=tmp_path)
+    wait_until((tmp_path / "up").exists, slurm.logs)
+    folder = JobFolder(RunDirectory(tmp_path / "run"))
+    folder.root.mkdir(parents=True)
+    folder.config.touch()
+    folder.write_record(
+        JobRecord(backend="slurm", job_id=str(job), submitted=time.time(), submitted_from="here", nodes=1)
+    )
+    folder.write_state(SupervisorState(state="queued", host="h0", pid=1, updated=0.0))
+    slurm.run("scontrol", "requeue", str(job))
+    seen = slurm.run("squeue", "--noheader", f"--jobs={job}", "--format=%T").stdout
+    assert seen == "COMPLETING\n"
+    done = slurm.run(sys.executable, "-m", "launcher", "cancel", str(tmp_path / "run"), "--json", cwd=Path.cwd())
+    assert json.loads(done.stdout)["action"] == "dequeued"
+    assert folder.is_cancelled()
+    assert slurm.wait_for(job, ("CANCELLED", "RUNNING"), _SECONDS)["JobState"] == "CANCELLED"
+
+
+def test_a_cancelled_job_is_not_queued_again(slurm: SlurmOfHosts, tmp_path: Path) -> None:
+    job = Supervised(slurm, tmp_path, hosts=2, lives_on=True)
+    job.hear()
+    slurm.run("scancel", str(job.job))
+    slurm.wait_for(job.job, ("COMPLETING",), _SECONDS)
+    job.ask("requeue", [])
+    assert job.hear() == {"accepted": False}
+    fields = slurm.wait_for(job.job, ("CANCELLED", "RUNNING"), _SECONDS)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
