@@ -16,6 +16,7 @@ from launcher.jobs.backends.local import AGENT_COMMAND
 from launcher.jobs.backends.mpi import find_mpirun
 from launcher.jobs.launch_plan import LaunchPlan
 from launcher.jobs.slurm_step import step_command
+from launcher.jobs.torchrun.host_agent import AGENT_COMMAND as TORCHRUN_AGENT_COMMAND
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ def starter_command(plan: LaunchPlan, *, working_directory: Path, environ: Mappi
     if plan.backend == "mpi":
         hosts = ",".join(host.name for host in plan.hosts[:nodes]) or socket.gethostname()
         return shlex.join([_mpirun(environ), "-n", str(nodes), "--host", hosts, *AGENT_COMMAND])
+    if plan.backend == "torchrun":
+        options = f"--nnodes {nodes} --nproc-per-node {plan.ranks_per_host} --node-rank K --rdzv-endpoint HOST1:PORT"
+        return f"{shlex.join(TORCHRUN_AGENT_COMMAND)}\n  which starts: torchrun {options} --rdzv-backend static --max-restarts 0"
     return shlex.join(AGENT_COMMAND)
 
 

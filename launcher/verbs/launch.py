@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from launcher.jobs.job_record import BackendName
     from launcher.jobs.launch_plan import LaunchPlan
     from launcher.jobs.submission import Submitted
+    from launcher.jobs.torchrun.roster import Roster
 
 Files = Annotated[
     list[Path] | None, typer.Argument(metavar="CONFIG.toml...", help="TOML files, later ones over earlier ones.")
@@ -75,8 +76,6 @@ def launch(
     backend = _choose_backend(out, on)
     _check_options(backend, hostfile=hostfile, node_rank=node_rank, rendezvous=rendezvous, wait=wait)
     sets = [*(overrides or ()), *([] if nodes is None else [f"launch.nodes={nodes}"])]
-    if backend == "torchrun":
-        return _under_torchrun(out, files, sets, hostfile, node_rank, rendezvous, dry_run)
     from launcher.jobs.launch_plan import plan_launch
     from launcher.jobs.submission import check_is_free
     from launcher.needed_packages import check_packages
@@ -86,14 +85,18 @@ def launch(
     if plan.config.slurm.container.runtime == "none" or backend != "slurm":
         check_packages(plan.config)  # what a container holds shows only in it
     changes = changes_to_run(plan.loaded)
-    check_is_free(plan.run)
+    roster = _read_roster(plan, node_rank, rendezvous) if backend == "torchrun" else None
+    if roster is None:  # a job under torchrun may be under way, and this host joins it
+        check_is_free(plan.run)
     for change in changes:
         out.say(f"changed since the last start: {change}")
     for doubt in plan.doubts:
         out.warn(doubt)
     if backend == "slurm":
         return _on_slurm(out, plan, dry_run=dry_run, wait=wait)
-    return _preview(out, plan) if dry_run else _in_foreground(out, plan)
+    if dry_run:
+        return _preview(out, plan)
+    return _in_foreground(out, plan) if roster is None else _under_torchrun(out, plan, roster)
 
 
 def _show_template(out: Output) -> int:
@@ -135,20 +138,28 @@ def _check_options(backend: BackendName, **given: Any) -> None:
         raise ConfigError("\n".join(problems), problems)
 
 
-def _under_torchrun(
-    out: Output,
-    files: list[Path],
-    overrides: list[str],
-    hostfile: Path | None,
-    node_rank: int | None,
-    rendezvous: str | None,
-    dry_run: bool,
-) -> int:
-    from launcher.jobs.torchrun import run_torchrun
+def _read_roster(plan: LaunchPlan, node_rank: int | None, rendezvous: str | None) -> Roster:
+    from launcher.jobs.torchrun.roster import read_roster
 
-    return run_torchrun(
-        out, files, overrides, hostfile=hostfile, node_rank=node_rank, rendezvous=rendezvous, dry_run=dry_run
+    return read_roster(
+        run_name=plan.config.run.name,
+        nodes=plan.config.launch.nodes,
+        hosts=plan.hosts,
+        node_rank=node_rank,
+        rendezvous=rendezvous,
     )
+
+
+def _under_torchrun(out: Output, plan: LaunchPlan, roster: Roster) -> int:
+    """One of the job's hosts, which may lead it."""
+    from launcher.jobs.torchrun.run import run_torchrun
+
+    end = run_torchrun(plan, roster, environ=os.environ, say=out.warn, show=out.say)
+    if end.led is not None:
+        _tell(out, plan, end.led)
+    else:
+        out.result({"run_dir": str(plan.run.root), "host": roster.name, "exit_code": end.exit_code})
+    return end.exit_code
 
 
 def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool) -> int:

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-RANKS_BY = "MEGA_RANKS_BY"
-"""For an agent: `torchrun` where that starts its ranks; else the agent does so itself."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TorchrunOrder:

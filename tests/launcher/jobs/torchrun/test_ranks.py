@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -14,7 +13,9 @@ import pytest
 
 from launcher.jobs.head import HostLost
 from launcher.jobs.protocol import ATTEMPT, HOST_NAME
-from launcher.jobs.torchrun.order import RANKS_BY, TorchrunOrder
+from launcher.jobs.torchrun.host_agent import AGENT_COMMAND
+from launcher.jobs.torchrun.order import TorchrunOrder
+from launcher.rank_process import SUPERVISOR_PID
 from tests.launcher.jobs.fake_agent import in_time
 from tests.launcher.jobs.test_agent import Job, ends, is_running, python, until
 
@@ -26,12 +27,11 @@ class TorchrunJob(Job):
     """A head, and agents whose ranks are torchrun's."""
 
     def start_agent(self, host: str, environ: dict[str, str]) -> subprocess.Popen[str]:
-        own = {ATTEMPT: "1", HOST_NAME: host, RANKS_BY: "torchrun", "TEST_DIRECTORY": str(self.here)}
+        own = {ATTEMPT: "1", HOST_NAME: host, SUPERVISOR_PID: str(os.getpid()), "TEST_DIRECTORY": str(self.here)}
         # What an operator of a cluster may set for torchrun must not win over what the job says.
         foreign = {"PET_NPROC_PER_NODE": "7", "PET_RDZV_ENDPOINT": "nowhere:1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "launcher", "agent"]
         return subprocess.Popen(
-            command, env={**os.environ, **environ, **own, **foreign}, stderr=subprocess.PIPE, text=True
+            AGENT_COMMAND, env={**os.environ, **environ, **own, **foreign}, stderr=subprocess.PIPE, text=True
         )
 
     def torchrun(self, host: str) -> psutil.Process:
