@@ -19,6 +19,8 @@ class Failure:
     """One line for the user: who, where, what, and when."""
     at: float | None = None
     """Seconds since 1970: when the rank, the host or their starter ended. None where nothing did."""
+    has_begun: bool = True
+    """Whether anything was started."""
     exit_code: int = 1
     """That the job would end with."""
     rank: int | None = None

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class AttemptRun:
             words = await asyncio.to_thread(last_words, self._output)
             if not come.done():
                 blamed = await asyncio.to_thread(hosts_in_words, self._output, self._hosts)
-                failure = of_starter(starter.result(), words, blamed, at=time.time())
+                failure = replace(of_starter(starter.result(), words, blamed, at=time.time()), has_begun=False)
             elif (lost := await _lost_before_start(attempt)) is not None:
                 scene = Scene(num_ranks=self._num_ranks, logs=self._directory, step=None, doing={})
                 failure = of_lost_host(lost, scene)
@@ -165,7 +166,7 @@ class AttemptRun:
 
 def not_begun(error: RunError | OSError) -> AttemptEnd:
     """An attempt of which nothing could be started."""
-    return AttemptEnd(outcome="failed", failure=Failure(kind="starter", message=str(error)))
+    return AttemptEnd(outcome="failed", failure=Failure(kind="starter", message=str(error), has_begun=False))
 
 
 async def _lost_before_start(attempt: Attempt) -> HostLost | None:

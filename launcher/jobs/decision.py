@@ -39,10 +39,11 @@ def decide(
     has_progressed: bool,
     losses: Mapping[str, int],
     can_do_without: Callable[[str], bool],
+    least_delay_s: float = 0.0,
 ) -> Decision:
     """`attempts_without_progress` does not count this one yet; it `has_progressed` where it left a newer checkpoint.
     `losses` says how often in a row each host was lost in its attempts, this one included; `can_do_without` whether enough
-    others are left."""
+    others are left; `least_delay_s` is the first delay before another attempt, if that of the configuration is less."""
     count = 0 if has_progressed else attempts_without_progress + 1
     if failure.kind == "preflight":
         if not failure.bad_hosts or launch.preflight.on_bad_host != "exclude":
@@ -58,7 +59,7 @@ def decide(
                 exclude=failure.bad_hosts,
             )
         # What made ranks silent may follow them to any host.
-        return _again(failure, launch, count, failure.bad_hosts)
+        return _again(failure, launch, count, failure.bad_hosts, least_delay_s)
     exclude = {
         host: f"was lost {losses[host]} times in a row"
         for host in failure.lost_hosts
@@ -69,10 +70,12 @@ def decide(
         return Decision(
             restarts=False, cause=failure.message, attempts_without_progress=count, exit_code=failure.exit_code
         )
-    return _again(failure, launch, count, exclude)
+    return _again(failure, launch, count, exclude, least_delay_s)
 
 
-def _again(failure: Failure, launch: LaunchConfig, count: int, exclude: Mapping[str, str]) -> Decision:
+def _again(
+    failure: Failure, launch: LaunchConfig, count: int, exclude: Mapping[str, str], least_delay_s: float
+) -> Decision:
     """Another attempt, as long as there are not too many without progress."""
     if count >= launch.max_attempts_without_progress:
         return Decision(
@@ -86,7 +89,7 @@ def _again(failure: Failure, launch: LaunchConfig, count: int, exclude: Mapping[
         cause=failure.message,
         attempts_without_progress=count,
         exclude=exclude,
-        delay_s=restart_delay(launch, count),
+        delay_s=restart_delay(max(launch.restart_delay_seconds, least_delay_s), count),
     )
 
 
@@ -96,8 +99,7 @@ def without_progress(cause: str, count: int) -> str:
     return f"{cause}; {attempts} without a new checkpoint"
 
 
-def restart_delay(launch: LaunchConfig, attempts_without_progress: int) -> float:
+def restart_delay(first: float, attempts_without_progress: int) -> float:
     """Seconds before the next attempt: doubled with each attempt without progress after the first, up to a minute."""
-    first = launch.restart_delay_seconds
     doublings = min(max(0, attempts_without_progress - 1), 30)
     return min(first * 2.0**doublings, max(first, _LONGEST_DELAY_SECONDS))

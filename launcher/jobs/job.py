@@ -39,6 +39,9 @@ class Patience:
     """After a failure: for the watch of the run to tell where the rank is missed."""
     hosts: float = 2.0
     """Between two looks for hosts that have come back."""
+    not_begun: float = 20.0
+    """Before another attempt at the least, after one in which no rank could be started: what is wrong, such as a file system
+    that is away, often heals by itself."""
     scheduler: float = 600.0
     """For a scheduler that does not answer to do so after all."""
     scheduler_look: float = 5.0

@@ -220,6 +220,7 @@ class _Supervisor:
             has_progressed=newest > self._state.last_checkpoint,
             losses=self._losses,
             can_do_without=lambda host: bool(self._choose(tuple(self._known), without=host)),
+            least_delay_s=0.0 if failure.has_begun else self._job.patience.not_begun,
         )
         await self._journal.event("failure", attempt=self._state.attempt, **failure.as_event())
         for host, reason in decision.exclude.items():
@@ -313,7 +314,9 @@ class _Supervisor:
     async def _end_stopped(self, end: AttemptEnd, reason: StopReason) -> JobEnd:
         """Asks for another start where the scheduler wants its hosts back; else the job ends here."""
         newest = await asyncio.to_thread(newest_checkpoint, self._job.run, known=self._state.last_checkpoint)
-        count = 0 if newest > self._state.last_checkpoint else self._state.attempts_without_progress
+        # To be preempted is nobody's fault. A job that saves nothing until its time is over never will.
+        count = self._state.attempts_without_progress + (reason == "time_limit")
+        count = 0 if newest > self._state.last_checkpoint else count
         is_saved = end.outcome == "stopped" and end.saved
         if is_saved:
             how = f"saved at step {newest}: {_CONTINUE}" if newest else f"nothing was trained yet: {_CONTINUE}"
@@ -324,6 +327,8 @@ class _Supervisor:
             how = f"ended before a checkpoint was saved; {_CONTINUE} from step {newest}"
         cause = f"{self._who_stopped(reason)}; {how}"
         await self._journal.update(cause=cause, attempts_without_progress=count, last_checkpoint=newest)
+        if reason == "time_limit" and count >= self._job.launch.max_attempts_without_progress:
+            return await self._give_up(without_progress(cause, count))
         if reason in ("preemption", "time_limit"):
             if await self._requeue(reason, cause):
                 return JobEnd(exit_code=EXIT_STOPPED, cause=cause, requeued=True)

@@ -201,6 +201,7 @@ class MadeUpJob:
             look=0.02,
             watch=TIMEOUT,
             hosts=0.02,
+            not_begun=0.0,
             scheduler=TIMEOUT,
             scheduler_look=0.01,
         )

@@ -90,7 +90,12 @@ def test_a_host_that_was_lost_twice_in_a_row_is_excluded_where_others_are_left()
 
 
 def test_the_delay_doubles_up_to_a_minute_unless_a_longer_one_is_asked_for() -> None:
-    launch = LaunchConfig(restart_delay_seconds=4.0)
-    assert [restart_delay(launch, count) for count in (0, 1, 2, 3, 4, 5, 6, 5000)] == [4, 4, 8, 16, 32, 60, 60, 60]
-    assert restart_delay(LaunchConfig(restart_delay_seconds=90.0), 3) == 90.0
-    assert restart_delay(LaunchConfig(restart_delay_seconds=0.0), 3) == 0.0
+    assert [restart_delay(4.0, count) for count in (0, 1, 2, 3, 4, 5, 6, 5000)] == [4, 4, 8, 16, 32, 60, 60, 60]
+    assert restart_delay(90.0, 3) == 90.0
+    assert restart_delay(0.0, 3) == 0.0
+
+
+def test_an_attempt_that_could_not_begin_is_not_tried_again_at_once() -> None:
+    decisions = [_decide(_KILLED, attempts_without_progress=count, least_delay_s=20.0) for count in (0, 1)]
+    assert [decision.delay_s for decision in decisions] == [20.0, 40.0]
+    assert _decide(_KILLED, {"restart_delay_seconds": 50.0}, least_delay_s=20.0).delay_s == 50.0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunError
+from launcher.jobs import supervisor
 from launcher.jobs.backend import Agents, AgentsStart
 from launcher.jobs.backends.starter import Starter
 from tests.launcher.jobs.made_up_hosts import MadeUpJob, is_running, wait_until
@@ -289,6 +290,30 @@ def test_what_cannot_be_started_at_all_is_told(tmp_path: Path) -> None:
 
     job.backend.start = fail  # type: ignore[method-assign]
     assert job.supervise().cause == "there is no mpirun; 1 attempt without a new checkpoint"
+
+
+@pytest.mark.parametrize("what", ["starter ends", "starter cannot be started", "no folder"])
+def test_what_could_not_begin_is_given_time_to_heal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    job = MadeUpJob(tmp_path, ["a"], "")
+    job.patience = replace(job.patience, not_begun=6000.0)
+    if what == "starter ends":
+        job.backend.start = _BrokenStart(job, "exit 5")  # type: ignore[method-assign]
+    elif what == "starter cannot be started":
+
+        def fail(number: int) -> None:
+            raise RunError("there is no mpirun")
+
+        job.backend.before_start = fail
+    else:
+        job.run.logs.mkdir()
+        (job.run.logs / "attempt-1").touch()
+        monkeypatch.setattr(supervisor, "new_attempt", lambda run: (run.logs / "attempt-1").mkdir())
+
+    async def stop() -> None:
+        await job.until(lambda: any(said.endswith("going on from step 0 in 6000 s") for said in job.said))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert job.supervise(stop).exit_code == 75
 
 
 def test_one_agent_a_rank_where_the_backend_wants_that(tmp_path: Path) -> None:

@@ -205,7 +205,10 @@ def test_a_failure_while_ranks_save_is_told_and_the_job_is_queued_again_all_the_
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
-    job = MadeUpJob(tmp_path, ["a"], "signal.signal(signal.SIGINT, lambda *_: mark('told'))\nmark('training')\nhang()")
+    script = (
+        "on_stop(signal.SIGINT, lambda: mark('told'))\non_stop(signal.SIGTERM, lambda: None)\nmark('training')\nhang()"
+    )
+    job = MadeUpJob(tmp_path, ["a"], script)
 
     async def interrupt_twice() -> None:
         await job.wait_for("training-0-1")
@@ -324,6 +327,27 @@ def test_attempts_without_progress_are_counted_over_starts_of_the_job(tmp_path: 
     assert end.cause is not None
     assert end.cause.endswith("; 3 attempts in a row without a new checkpoint")
     assert len(job.events("attempt")) == 1
+
+
+def test_a_job_that_saves_nothing_before_its_time_is_over_again_and_again_gives_up(tmp_path: Path) -> None:
+    script = "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))\nmark('training')\nhang()"
+    job = MadeUpJob(tmp_path, ["b"], script)
+    _left_by_an_earlier_start(job, attempts_without_progress=1)
+    assert job.supervise(_stopper(job, signal.SIGUSR1, marks=("training-0-5",))).requeued
+    assert job.state().attempts_without_progress == 2
+    end = job.supervise(_stopper(job, signal.SIGUSR1, marks=("training-0-6",)))
+    assert (end.exit_code, end.requeued, job.state().state) == (1, False, "failed")
+    assert end.cause is not None
+    assert end.cause.endswith("; 3 attempts in a row without a new checkpoint")
+    assert len(job.events("give_up")) == 1
+
+
+def test_preemption_is_no_attempt_without_progress(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["b"], "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nmark('on')\nhang()")
+    _left_by_an_earlier_start(job, attempts_without_progress=2)
+    job.backend.preempted = True
+    assert job.supervise(_stopper(job, signal.SIGTERM, marks=("on-0-5",))).requeued
+    assert job.state().attempts_without_progress == 2
 
 
 def test_a_supervisor_that_was_lost_in_an_attempt_counts_as_its_failure(tmp_path: Path) -> None:
