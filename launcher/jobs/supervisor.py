@@ -71,8 +71,6 @@ class _Supervisor:
         self._head = head
         self._journal = journal
         self._stop = stop
-        self._known: dict[str, None] = {}
-        """All hosts that were ever there, in this start of the job."""
         self._losses: Counter[str] = Counter()
         """Of each host: attempts in a row, of those that it was part of, in which it was lost."""
         self._last_failure: Failure | None = None
@@ -128,7 +126,8 @@ class _Supervisor:
             available = await self._available()
             if chosen := self._choose(available):
                 return chosen
-            can_come_back = self._choose(tuple(self._known))
+            # Where even that is not known now, it may be in a while.
+            can_come_back = (possible := await self._possible()) is None or bool(self._choose(possible))
             if not can_come_back or time.monotonic() >= deadline:
                 return ()
             if not is_told:
@@ -149,8 +148,14 @@ class _Supervisor:
         except RunError as error:  # the scheduler may answer the next time
             self._job.say(f"hosts are not known now: {error}")
             hosts = ()
-        self._known |= dict.fromkeys(hosts)
         return tuple(host for host in hosts if host not in self._state.excluded_hosts)
+
+    async def _possible(self) -> tuple[str, ...] | None:
+        """Hosts that are there or may come back; None where nobody knows."""
+        try:
+            return tuple(await self._job.backend.possible_hosts())
+        except RunError:
+            return None
 
     def _choose(self, available: Collection[str], without: str | None = None) -> tuple[str, ...]:
         failure, launch = self._last_failure, self._job.launch
@@ -213,13 +218,14 @@ class _Supervisor:
         for host in hosts:
             self._losses[host] = self._losses[host] + 1 if host in failure.lost_hosts else 0
         newest = await asyncio.to_thread(newest_checkpoint, self._job.run, known=self._state.last_checkpoint)
+        possible = await self._possible()
         decision = decide(
             failure,
             launch=self._job.launch,
             attempts_without_progress=self._state.attempts_without_progress,
             has_progressed=newest > self._state.last_checkpoint,
             losses=self._losses,
-            can_do_without=lambda host: bool(self._choose(tuple(self._known), without=host)),
+            can_do_without=lambda host: bool(self._choose(possible or (), without=host)),
             least_delay_s=0.0 if failure.has_begun else self._job.patience.not_begun,
         )
         await self._journal.event("failure", attempt=self._state.attempt, **failure.as_event())

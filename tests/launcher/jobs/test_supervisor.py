@@ -3,11 +3,12 @@
 import os
 import re
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from launcher.errors import RunError
 from launcher.jobs import ranks_watch
 from tests.launcher.jobs.made_up_hosts import MadeUpJob, is_running
 
@@ -79,8 +80,8 @@ def test_a_full_disk_ends_nothing(tmp_path: Path) -> None:
                 file.write(text)
 
     job.said, job.shown = Full(), Full()
-    job.backend.before_start = lambda number: (
-        (job.root / "logs" / f"attempt-{number}" / "rank-0.log").symlink_to("/dev/full")
+    job.backend.before_start = lambda number: (job.root / "logs" / f"attempt-{number}" / "rank-0.log").symlink_to(
+        "/dev/full"
     )
     assert job.supervise().exit_code == 0
     assert (job.root / "ran-0-2").exists()
@@ -341,6 +342,35 @@ def test_where_hosts_do_not_come_back_the_job_is_queued_again(tmp_path: Path) ->
     assert end.cause.startswith("1 host is left, and 2 needed; before that: rank 1 of 2 on b was killed by SIGKILL")
     assert (job.state().state, job.state().requeues, job.state().cause) == ("queued", 1, end.cause)
     assert job.events("requeue")[0]["reason"] == "hosts"
+
+
+def test_a_host_that_cannot_come_back_is_not_waited_for(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["a", "b"], "mark('training')\nhang()", launch="nodes = 2")
+
+    async def lose_host() -> None:
+        await job.wait_for("training-0-1", "training-1-1")
+        job.backend.there.remove("b")
+        job.backend.possible.remove("b")
+        os.kill(job.pid(1), signal.SIGKILL)
+
+    assert job.supervise(lose_host).requeued
+    assert job.events("wait_for_hosts") == []
+
+
+def test_hosts_of_which_nobody_knows_are_waited_for(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["a"], "")
+    hosts, asked = job.backend.hosts, []
+
+    async def fail() -> Sequence[str]:
+        asked.append("now")
+        raise RunError("slurmctld: timed out")
+
+    async def answer_late() -> Sequence[str]:
+        return await (hosts() if len(asked) > 3 else fail())
+
+    job.backend.hosts, job.backend.possible_hosts = answer_late, fail  # type: ignore[method-assign]
+    assert job.supervise().exit_code == 0
+    assert len(job.events("wait_for_hosts")) == 1
 
 
 def test_too_few_hosts_from_the_beginning_are_not_waited_for(tmp_path: Path) -> None:
