@@ -28,6 +28,8 @@ _MAY_BE_FOR_NOW = (
     "Required node not available",
     "Required partition not available",
 )
+# What clients say where there is SLURM, and no cluster that answers.
+_NO_CLUSTER = ("Could not establish a configuration source", "Unable to contact slurm controller")
 _OUT_OF_SERVICE = "down,drain,fail,no_respond,maint,powering_down,powered_down,unknown"
 
 
@@ -63,11 +65,13 @@ def _holder(run: RunDirectory) -> str:
 def try_submission(script: str, environ: Mapping[str, str]) -> str:
     """What `sbatch --test-only` says of the script, in one line. It queues nothing.
 
-    Raises ConfigError where SLURM would not take the job.
+    Raises ConfigError where SLURM would not take the job, RunError where it does not answer.
     """
     answer = _sbatch("--test-only", script=script, environ=environ)
     if answer.code == 0:
         return answer.complaint
+    if any(words in answer.err for words in _NO_CLUSTER):
+        raise RunError(f"no SLURM cluster answers here ({answer.complaint}): run this where jobs are submitted")
     if any(words in answer.err for words in _MAY_BE_FOR_NOW) and (down := _hosts_out_of_service(script, environ)):
         return f"{answer.complaint}, perhaps for now: {down} of the cluster's hosts are out of service"
     raise ConfigError(f"SLURM would not take this job: {answer.complaint}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, RunError
 from launcher.output import Output
 from launcher.rank_process import EXIT_STOPPED
 from launcher.verb import EXIT_FAILED, Overrides
@@ -181,7 +181,14 @@ def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool) -> in
     has_sbatch = shutil.which("sbatch") is not None
     if not has_sbatch and not dry_run:
         raise ConfigError("--on slurm needs sbatch on PATH, and it is not there: run this where jobs are submitted")
-    said = try_submission(script, os.environ) if has_sbatch else "not asked: there is no sbatch here"
+    if not has_sbatch:
+        return _preview(out, plan, script=script, said="not asked: there is no sbatch here")
+    try:
+        said = try_submission(script, os.environ)
+    except RunError as error:
+        if not dry_run:
+            raise
+        said = f"not asked: {error}"
     if dry_run:
         return _preview(out, plan, script=script, said=said)
     submitted = submit(plan, script, os.environ, say=out.warn)

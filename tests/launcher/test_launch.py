@@ -227,6 +227,20 @@ def test_a_dry_run_tells_of_networks_that_are_not_here(mega: Mega, tiny: Path, q
     assert "each host chooses by what it has" in shown
 
 
+def test_without_a_cluster_a_dry_run_shows_all_the_same(mega: Mega, tiny: Path, queue: FakeSlurm) -> None:
+    """Programs of SLURM may be where no cluster is."""
+    queue.program(
+        "sbatch", 'cat > /dev/null; echo "sbatch: fatal: Could not establish a configuration source" >&2; exit 1'
+    )
+    shown = mega("launch", tiny, "--on", "slurm", "--dry-run")
+    assert shown.code == 0, shown.out + shown.err
+    assert "not asked: no SLURM cluster answers here (" in shown.out
+    refused = mega("launch", tiny, "--on", "slurm")
+    assert refused.code == 1
+    assert "no SLURM cluster answers here" in refused.err
+    assert not Path("runs").exists()
+
+
 def test_dry_runs_elsewhere(mega: Mega, tiny: Path) -> None:
     shown = mega("launch", tiny, "--on", "local", "--dry-run", "--set", "launch.ranks_per_node=2")
     assert shown.code == 0
