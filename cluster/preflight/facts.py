@@ -33,6 +33,7 @@ _OF_ONE_RANK = re.compile(
     r"|TORCHELASTIC_|TORCHINDUCTOR_CACHE_DIR|TORCH_\w+_(TEMP|PIPE)_FILE|OMP_PLACES|(GOMP_CPU|KMP)_AFFINITY"
 )
 """May differ from rank to rank or host to host by intent: launchers and schedulers set them."""
+_FOLDERS = ("LD_LIBRARY_PATH", "PYTHONPATH")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|AUTH", re.IGNORECASE)
 FROM_RANK_0 = "from-rank-0"
 """Name of the file by which the others see whether they share rank 0's files."""
@@ -147,12 +148,18 @@ def distributions(search_path: Sequence[str]) -> Values:
 
 
 def environment(environ: Mapping[str, str], not_compared: Collection[str] = ()) -> Values:
-    """The variables that matter to training and should be the same everywhere. Of one that is named like a secret its hash."""
+    """The variables that matter to training and should be the same everywhere. Of one that is named like a secret its hash; of
+    a list of folders each once."""
     return {
-        name: f"(hidden, hash {digest({name: value})})" if _SECRET.search(name) else value
+        name: f"(hidden, hash {digest({name: value})})" if _SECRET.search(name) else _without_repeats(name, value)
         for name, value in sorted(environ.items())
         if _MATTERS.match(name) and not _OF_ONE_RANK.match(name) and name not in not_compared
     }
+
+
+def _without_repeats(name: str, value: str) -> str:
+    """mpirun puts the folder of its libraries before the others', once more on each host that it comes to."""
+    return ":".join(dict.fromkeys(filter(None, value.split(":")))) if name in _FOLDERS else value
 
 
 def shared_folder(directory: Path, folder: str | None, nonce: str, name: str) -> dict[str, Any]:

@@ -43,6 +43,13 @@ def test_only_variables_that_matter_to_all_ranks_alike_are_told() -> None:
     assert "NCCL_IB_TC" not in environment(matter, not_compared=("NCCL_IB_TC",))
 
 
+def test_folders_that_a_launcher_lists_twice_make_no_difference() -> None:
+    once = environment({"LD_LIBRARY_PATH": "/a:/b", "NCCL_X": "1:1"})
+    assert environment({"LD_LIBRARY_PATH": "/a:/a:/b:", "NCCL_X": "1:1"}) == once
+    assert environment({"LD_LIBRARY_PATH": "/b:/a", "NCCL_X": "1:1"}) != once
+    assert once["NCCL_X"] == "1:1"
+
+
 def test_a_secret_is_told_by_its_hash_alone() -> None:
     one, other = (environment({"CUDA_REGISTRY_TOKEN": secret}) for secret in ("hunter2", "hunter3"))
     assert "hunter" not in str(one) + str(other)
