@@ -63,9 +63,10 @@ class Backend(Protocol):
 
     async def requeue(self, *, without: Sequence[str], reason: str) -> bool:
         """Asks for another start of the whole job, on other hosts than `without`. False where this backend has no queue, or the
-        queue says no; then the job ends."""
+        queue says no; then the job ends. Raises `launcher.errors.RunError` where it does not answer now: it is asked again."""
         ...
 
     async def is_preempted(self) -> bool:
-        """After a SIGTERM: whether the scheduler wants the hosts back, and so the job should go on later."""
+        """After a SIGTERM: whether the scheduler wants the hosts back, and so the job should go on later. Raises
+        `launcher.errors.RunError` where it does not answer now: it is asked again."""
         ...

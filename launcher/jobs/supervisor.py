@@ -304,13 +304,15 @@ class _Supervisor:
     async def _ask_scheduler(self, ask: Callable[[], Awaitable[bool]]) -> bool:
         """Its answer. It may have none for minutes, above all when it stops many jobs at once: it is asked again, until this
         process is killed, the job is cancelled, or patience has an end; then False."""
-        deadline = time.monotonic() + self._job.patience.scheduler
+        deadline, is_told = time.monotonic() + self._job.patience.scheduler, False
         while not await self._is_cancelled():
             try:
                 return await ask()
             except RunError as error:
                 is_over = time.monotonic() >= deadline or self._stop.at_once.is_set()
-                self._job.say(f"the scheduler does not answer{'' if is_over else ' and is asked again'}: {error}")
+                if is_over or not is_told:
+                    is_told = True
+                    self._job.say(f"the scheduler does not answer{'' if is_over else ' and is asked again'}: {error}")
             if is_over:
                 break
             with contextlib.suppress(TimeoutError):
