@@ -106,14 +106,15 @@ def of_starter(code: int, words: str, blamed: Sequence[str], *, at: float) -> Fa
     )
 
 
-def of_preflight(verdict: Mapping[str, Any]) -> Failure:
-    """The checks before the first step have said no; `verdict` is what rank 0 has written of them."""
+def of_preflight(verdict: Mapping[str, Any], *, at: float) -> Failure:
+    """The checks before the first step have said no; `verdict` is what rank 0 has written of them, which ended `at`."""
     sentences = [str(sentence) for sentence in verdict.get("sentences", ())] or ["it does not say why"]
     hosts = [str(host) for host in verdict.get("bad_hosts", ())]
     reasons = verdict.get("reasons", {})
     return Failure(
         kind="preflight",
         message=f"preflight: {' '.join(sentences)}",
+        at=at,
         exit_code=EXIT_REFUSED,
         host=hosts[0] if hosts else None,
         bad_hosts={host: str(reasons.get(host, sentences[0])) for host in hosts},

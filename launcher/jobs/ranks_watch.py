@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from cluster.fabric.findings import Finding
 from cluster.fabric.watch.hang_findings import ranks_text
-from launcher.first_cause import explains_itself, failures, have_stopped, how_it_ended
+from launcher.first_cause import explains_itself, failed_at, failures, have_stopped, how_it_ended
 from launcher.jobs.attempt_end import AttemptEnd, Failure
 from launcher.jobs.backend import Agents
 from launcher.jobs.backends.starter import last_words
@@ -232,7 +232,7 @@ class RanksWatch:
         scene = self._scene or self._look_at_scene()
         first = self._ended.get(0)
         if first is not None and first.code == EXIT_REFUSED and (refusal := self._refusal()) is not None:
-            return _failed(self._why_missed(missed_ranks(refusal), scene) or of_preflight(refusal))
+            return _failed(self._why_missed(missed_ranks(refusal), scene) or of_preflight(refusal, at=failed_at(first)))
         if self._hang is not None:
             return _failed(of_hang(self._hang, scene))
         if have_stopped(ended, was_asked=self._stop.signal is not None):

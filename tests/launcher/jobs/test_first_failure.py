@@ -153,7 +153,9 @@ def test_a_hang_is_told_by_the_finding() -> None:
 def test_preflight_gives_each_bad_host_its_own_reason() -> None:
     sentences = ["n10 is slow.", "n1 has no disk.", "The clocks differ."]
     reasons = {"n1": "n1 has no disk.", "n10": "n10 is slow."}
-    failure = of_preflight({"ok": False, "sentences": sentences, "bad_hosts": ["n1", "n10"], "reasons": reasons})
+    failure = of_preflight(
+        {"ok": False, "sentences": sentences, "bad_hosts": ["n1", "n10"], "reasons": reasons}, at=1.0
+    )
     assert failure.message == "preflight: n10 is slow. n1 has no disk. The clocks differ."
     assert failure.bad_hosts == reasons
     assert failure.exit_code == 3
@@ -165,7 +167,7 @@ def test_ranks_that_preflight_only_missed_are_known() -> None:
     warning = {"kind": "package", "severity": "warning", "ranks": [0]}
     assert missed_ranks({"findings": [missing, warning]}) == {3, 4}
     assert missed_ranks({"findings": [missing, {"kind": "disk", "severity": "error", "ranks": [0]}]}) == frozenset()
-    assert of_preflight({"findings": [missing], "sentences": ["Rank 3 did not answer."]}).is_unanswered
+    assert of_preflight({"findings": [missing], "sentences": ["Rank 3 did not answer."]}, at=1.0).is_unanswered
 
 
 def test_when_it_happened_is_told() -> None:
@@ -173,4 +175,5 @@ def test_when_it_happened_is_told() -> None:
     record = FailureRecord(at=99.5, message="the disk is full", exit_code=1, traceback="")
     assert _first(replace(_ended(3, 1, at=101.5), record=record)).as_event()["at"] == 99.5
     assert _first(_lost("n2", at=98.5)).at == 98.5
+    assert of_preflight({}, at=96.5).at == 96.5
     assert _first(starter=StarterEnd(at=97.5, code=1, words="")).at == 97.5

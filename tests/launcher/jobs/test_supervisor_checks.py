@@ -148,6 +148,7 @@ elif rank == 0:
 """,
         launch=_ON + "nodes = 2\nmax_attempts_without_progress = 1",
     )
+    began = time.time()
     assert job.supervise().exit_code == 0
     assert job.backend.starts == [("a", "b"), ("a", "c")]
     assert job.state().excluded_hosts == {"b": "b's link is slow."}
@@ -155,7 +156,9 @@ elif rank == 0:
     refused, accepted = job.events("preflight")
     assert (refused["attempt"], refused["ok"], refused["bad_hosts"]) == (1, False, ["b"])
     assert (accepted["attempt"], accepted["ok"], accepted["seconds"]) == (2, True, 0.5)
-    assert job.events("failure")[0]["message"] == "preflight: b's link is slow. The clocks differ."
+    (failure,) = job.events("failure")
+    assert failure["message"] == "preflight: b's link is slow. The clocks differ."
+    assert began < failure["at"] <= failure["time"]
     assert job.state().attempts_without_progress == 0
 
 
