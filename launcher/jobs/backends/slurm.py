@@ -32,6 +32,7 @@ _GUARD_SECONDS = 10.0
 """Between two looks at the guards."""
 _ASK_AGAIN_SECONDS, _PATIENCE_SECONDS = 3.0, 60.0
 """A controller that is restarted, or has much to do, is asked again after the one, for the other."""
+_EXCLUDE_TRIES = 3
 # What SLURM will not take back, however often it is asked.
 _FOR_GOOD = ("denied", "disabled", "Invalid job id")
 
@@ -212,11 +213,21 @@ class SlurmBackend:
     async def _exclude(self, hosts: Sequence[str]) -> None:
         """A running job's list cannot be changed; that of one that is queued again can, at once."""
         every = ",".join(filter(None, [self._slurm.exclude, *hosts]))
-        answer = await call(
-            "scontrol", "update", f"JobId={self._job_id}", f"ExcNodeList={every}", environ=self._environ
-        )
-        if answer.code:
-            self._say(f"SLURM may give the job {', '.join(hosts)} again: {answer.complaint}")
+        problem = ""
+        # The SIGTERM that a requeue brings reaches this process's children too.
+        for _ in range(_EXCLUDE_TRIES):
+            try:
+                answer = await call(
+                    "scontrol", "update", f"JobId={self._job_id}", f"ExcNodeList={every}", environ=self._environ
+                )
+            except RunError as error:
+                problem = str(error)
+                continue
+            if answer.code == 0:
+                return
+            problem = answer.complaint
+            await asyncio.sleep(_POLL_SECONDS)
+        self._say(f"SLURM may give the job {', '.join(hosts)} again: {problem}")
 
     async def _keep_guard(self) -> None:
         """Has guards on other hosts of the job than this one, whether they train or not, as long as there are any; see

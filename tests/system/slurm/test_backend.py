@@ -79,7 +79,7 @@ class Supervised:
     def __init__(
         self, slurm: SlurmOfHosts, root: Path, *, hosts: int, tasks: int = 1, mpi: str = "none", lives_on: bool = False
     ) -> None:
-        """`lives_on`: after a SIGTERM, until SLURM kills it."""
+        """`lives_on`: after a SIGTERM, as a supervisor does, until SLURM kills it."""
         self.slurm, self.root, self.starts = slurm, root, 0
         self._asked = 0
         first = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if lives_on else ""
@@ -195,7 +195,7 @@ def test_hosts_taken_out_of_service_are_left_out(slurm: SlurmOfHosts, tmp_path: 
 
 
 def test_another_start_of_the_job_is_on_other_hosts(slurm: SlurmOfHosts, tmp_path: Path) -> None:
-    job = Supervised(slurm, tmp_path, hosts=3)
+    job = Supervised(slurm, tmp_path, hosts=3, lives_on=True)
     hosts = job.hear()["hosts"]
     first, _, third = hosts
     job.ask("start", hosts, 1)

@@ -255,6 +255,19 @@ def test_another_start_on_other_hosts(fake_slurm: FakeSlurm, tmp_path: Path) -> 
     assert fake_slurm.calls()[1:] == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n[8-9],n2,n3"]
 
 
+def test_the_signal_of_a_requeue_keeps_no_bad_host_in_the_job(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    """It ends the very program that is just to keep them out."""
+    case = Case(tmp_path)
+    fake_slurm.job()
+    fake_slurm.program(
+        "scontrol",
+        '[ "$1" = update ] && [ ! -e "$FAKE/told" ] && { touch "$FAKE/told"; kill -TERM $$; }; cat "$FAKE/job"',
+    )
+    assert run(case.backend.requeue(without=("n2",), reason="hosts"))
+    assert fake_slurm.calls()[2:] == ["scontrol update JobId=7 ExcNodeList=n2"] * 2
+    assert case.said == []
+
+
 def test_another_start_on_the_same_hosts(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     case = Case(tmp_path)
     fake_slurm.job()
