@@ -75,6 +75,8 @@ class Node:
         self._agent = HostAgent(roster.name, environ, say=say, on_change=self._agent_changed.set)
         self._goes_on = False
         """Whether the job is under way, as far as this host knows."""
+        self._absent_since: dict[str, float] = {}
+        """Hosts that do not answer, by the monotonic clock."""
 
     async def run(self) -> int:
         """The exit code: that of the job; 75 or 130 where this host was told to stop and ran no ranks.
@@ -102,7 +104,6 @@ class Node:
         """A host that leads; None where this one is to, or the job is over for it. Raises RunError where there is none for
         long."""
         began = time.monotonic()
-        absent_since: dict[str, float] = {}
         while self._stop.signal is None and self._read_end() is None:
             troubles: dict[str, str] = {}
             async for host, answer in self._ask_all():
@@ -113,11 +114,11 @@ class Node:
                 elif answer.end is None:
                     self._goes_on |= answer.has_taken_part
             now = time.monotonic()
-            absent_since = {host: absent_since.get(host, now) for host in troubles}
+            self._absent_since = {host: self._absent_since.get(host, now) for host in troubles}
             # A new job may wait for the host that is to lead it; in one that is under way each second counts.
             grace_s = self._launch.lost_host_seconds if self._goes_on else self._launch.start_timeout_seconds
             if self._roster.place is not None and all(
-                host in troubles and now - absent_since[host] >= grace_s for host in self._roster.before
+                host in troubles and now - self._absent_since[host] >= grace_s for host in self._roster.before
             ):
                 return None
             if now - began > max(self._launch.wait_for_hosts_seconds, 2 * grace_s):
@@ -155,6 +156,7 @@ class Node:
 
     async def _try_to_lead(self) -> int | None:
         """The job's exit code; None where another process holds the run."""
+        await self._agent.end()  # of the leader before
         with contextlib.ExitStack() as held:
             try:
                 held.enter_context(locked_run(self._run_folder, say=self._say))
@@ -210,6 +212,7 @@ class Node:
             return serving.result() if serving.done() else stopping.result()
         except NoNodeError as error:
             self._say(f"{leader}, which led the job, is gone: {error}")
+            self._absent_since = {leader: time.monotonic() - error.silent_s}
             return None
         finally:
             serving.cancel()

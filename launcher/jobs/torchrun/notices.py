@@ -27,7 +27,11 @@ _TOKEN_S, _LOOK_S = 5.0, 0.05
 
 
 class NoNodeError(Exception):
-    """Who was asked says something else, or nothing; the message says what."""
+    """Who was asked says something else, or nothing; the message says what. `silent_s`: how long nothing was heard before."""
+
+    def __init__(self, message: str, *, silent_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.silent_s = silent_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,7 @@ async def read(reader: asyncio.StreamReader, *, silence_s: float) -> NodeHello |
             await asyncio.wait((reading,), timeout=BEAT_S)
             quiet_s += min(loop.time() - before, 2 * BEAT_S)
             if quiet_s >= silence_s and not reading.done():
-                raise NoNodeError(f"nothing heard for {silence_s:g} s")
+                raise NoNodeError(f"nothing heard for {silence_s:g} s", silent_s=silence_s)
         line = reading.result()
     except (OSError, ValueError) as error:  # ValueError: a line that is too long
         raise NoNodeError(str(error)) from error

@@ -14,13 +14,14 @@ from tests.system.launch.launched import Launched
 from tests.system.runs import Run
 from tests.system.test_kill import CONFIG
 
-STEPS = 150
+STEPS = 100
 _LAUNCH = """
 [launch]
 nodes = 2
 preflight.enabled = false
 restart_delay_seconds = 0.1
-lost_host_seconds = 8
+lost_host_seconds = 6
+end_hangs_after_seconds = 3
 """
 _DISTURBED_AT = 20
 """By then two checkpoints are there, and steps after the second."""
@@ -72,29 +73,33 @@ def test_two_hosts_train_as_two_ranks_on_one(run: Launched, undisturbed: Run) ->
 
 
 @pytest.mark.slow
-def test_kill_9_of_a_rank(run: Launched, undisturbed: Run) -> None:
+def test_kill_9_of_a_rank_and_of_torchrun_s_agent(run: Launched, undisturbed: Run, hosts: LaunchHosts) -> None:
     with run.started():
         train_until_disturbed(run)
         (rank,) = run.ranks("h1")
         rank.kill()
-        finishes_as_if_nothing_was(run, undisturbed)
-        (failure,) = run.events("failure")
-        assert (failure["kind"], failure["rank"], failure["host"]) == ("signal", 1, "h1")
-        assert "SIGKILL" in failure["message"]
-
-
-@pytest.mark.slow
-def test_kill_9_of_torchrun_s_agent(run: Launched, undisturbed: Run, hosts: LaunchHosts) -> None:
-    with run.started():
-        train_until_disturbed(run)
+        run.wait_until(lambda: bool(run.events("resume")) and len(run.figures()) >= 2 * _DISTURBED_AT)
         (rank,) = run.ranks("h1")
         (torchrun,) = hosts.processes("h1", "launcher.jobs.torchrun.process")
         assert rank.ppid() == torchrun.pid
         torchrun.kill()
         rank.wait(timeout=10.0)
         finishes_as_if_nothing_was(run, undisturbed)
+        killed, lost = run.events("failure")
+        assert (killed["kind"], killed["rank"], killed["host"]) == ("signal", 1, "h1")
+        assert "SIGKILL" in killed["message"]
+        assert "torchrun's agent was killed by SIGKILL" in lost["message"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs(run: Launched, undisturbed: Run) -> None:
+    with run.started():
+        train_until_disturbed(run)
+        (rank,) = run.ranks("h1")
+        rank.suspend()
+        finishes_as_if_nothing_was(run, undisturbed)
         (failure,) = run.events("failure")
-        assert "torchrun's agent was killed by SIGKILL" in failure["message"]
+        assert (failure["kind"], failure["rank"], failure["host"]) == ("hang", 1, "h1")
 
 
 @pytest.mark.slow

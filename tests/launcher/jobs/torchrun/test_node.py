@@ -429,6 +429,23 @@ def test_a_host_before_it_that_is_gone_is_waited_for_in_a_new_job_only(election:
     in_time(test)
 
 
+def test_a_leader_that_fell_silent_has_been_waited_for_already(
+    election: Election, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(leader: str, port: int) -> int | None:
+        raise NoNodeError("nothing heard", silent_s=1000.0)
+
+    async def test() -> None:
+        patient = LaunchConfig(lost_host_seconds=1000.0, start_timeout_seconds=1000.0)
+        election.answers = {"n0": "no answer", "n2": Notice(host="n2", has_taken_part=True)}
+        follower = election.node(patient)
+        monkeypatch.setattr(follower, "_serve", gone)
+        assert await follower._follow("n0") is None
+        assert await follower._find_leader() is None
+
+    in_time(test)
+
+
 def test_a_job_that_is_over_is_followed_by_those_only_who_have_taken_part(election: Election) -> None:
     async def test() -> None:
         election.answers = {"n0": Notice(host="n0", leads=True, end=0), "n2": "no answer"}
