@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import os
 import random
+import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -45,8 +46,12 @@ async def guard(
     max_restarts: int,
     say: Callable[[str], None],
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    before_acting: Callable[[], None] = lambda: None,
 ) -> None:
-    """Returns once the job has ended, or has been queued again."""
+    """Returns once the job has ended, or has been queued again.
+
+    `before_acting` is called before SLURM is asked for what ends the guard too.
+    """
     while True:
         # Several guards of many jobs are not to ask all at once.
         await sleep(_INTERVAL_SECONDS * random.uniform(0.8, 1.2))
@@ -55,6 +60,7 @@ async def guard(
             if job.state in _ENDED:
                 return
             if has_lost_supervisor(job):
+                before_acting()
                 await _let_go_on(job_id, job, run, max_restarts, say)
                 return
         except RunError as error:  # the controller may answer the next time
@@ -87,10 +93,21 @@ def main() -> None:
     parser.add_argument("max_restarts", type=int)
     arguments = parser.parse_args()
     job_id = os.environ["SLURM_JOB_ID"]
-    run = RunDirectory(arguments.run)
     asyncio.run(
-        guard(job_id, run=run, max_restarts=arguments.max_restarts, say=lambda text: print(text, file=sys.stderr))  # noqa: T201
+        guard(
+            job_id,
+            run=RunDirectory(arguments.run),
+            max_restarts=arguments.max_restarts,
+            say=lambda text: print(text, file=sys.stderr),  # noqa: T201
+            # The signal comes with the requeue, seconds before the end: time to write down what was done.
+            before_acting=lambda: _ignore(signal.SIGTERM),
+        )
     )
+
+
+def _ignore(number: signal.Signals) -> None:
+    """From now on."""
+    signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

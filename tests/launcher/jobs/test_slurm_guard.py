@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launcher.jobs.slurm_guard import guard
+from launcher.jobs.slurm_guard import guard, guard_command
 from megamodel.train.run_directory import RunDirectory
 from tests.launcher.jobs.fake_slurm import RUNNING_JOB, FakeSlurm
 
@@ -92,3 +95,19 @@ def test_a_silent_controller_is_asked_again(fake_slurm: FakeSlurm, run: RunDirec
     said = watch(run, Looks(lambda: None, lambda: fake_slurm.job(RUNNING_JOB, **_LOST)))
     assert said[0] == "job 7: Unable to contact slurm controller"
     assert fake_slurm.calls()[-1] == "scontrol requeue 7"
+
+
+def test_it_writes_down_what_it_did_although_a_requeue_ends_it_too(fake_slurm: FakeSlurm, run: RunDirectory) -> None:
+    fake_slurm.job(**_LOST)
+    fake_slurm.program("scontrol", '[ "$1" = requeue ] && kill -TERM $PPID && sleep 0.2; cat "$FAKE/job"')
+    command = guard_command(run, max_restarts=3)
+    ended = subprocess.run(
+        [sys.executable, *command[1:]],
+        env={**os.environ, "SLURM_JOB_ID": "7", "PYTHONPATH": str(Path(__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    (event,) = events(run)
+    assert event["event"] == "requeue"
