@@ -118,6 +118,25 @@ def test_what_the_reducer_waits_for_in_native_code_is_seen_too(gloo_ranks: GlooP
         assert gradients.waited_s == pytest.approx(gradients.seconds)
 
 
+def test_an_end_that_is_due_is_waited_for() -> None:
+    class Complete:
+        """A Work that gloo's thread has completed; its callback runs as soon as others let it."""
+
+        asked = 0
+
+        def is_completed(self) -> bool:
+            self.asked += 1
+            if self.asked == 3:
+                record.seconds = 0.25
+            return True
+
+    record = Record(group="0", kind="all_reduce", num_bytes=4, started=1.0)
+    page = tap_module._Page(unseen={id(record): record}, ends_due={1: (Complete(), record)})
+    tap_module._await_ends_due(page)
+    tap_module._count_unseen_waits(page)
+    assert record.waited_s == 0.25
+
+
 def test_messages_are_timed_by_those_who_wait(gloo_ranks: GlooPool) -> None:
     answers = gloo_ranks(2, _tapped, _messages, 1)
     for records, expected, given in answers:
