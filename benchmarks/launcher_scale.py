@@ -31,7 +31,7 @@ _TOKEN = "benchmark"
 _RANK = '[ -z "$1" ] || read _ < "$1"; i=0; while [ $i -lt $2 ]; do echo "[rank$RANK]: frame $i"; i=$((i + 1)); done; exit 3'
 _BARE = """
 import subprocess, sys
-import cluster.hardware, launcher.jobs.agent, launcher.verbs.agent
+import cluster.hardware, launcher.jobs.agents.agent, launcher.verbs.agent
 command = ["sh", "-c", sys.argv[1], "sh", "", sys.argv[2]]
 ranks = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(int(sys.argv[3]))]
 for rank in ranks:
@@ -51,7 +51,7 @@ def run_bare(hosts: int, ranks_per_host: int) -> float:
 
 def run_job(hosts: int, ranks_per_host: int) -> dict[str, Any]:
     """Runs head and agents; what the head measured."""
-    from launcher.jobs.protocol import ATTEMPT, HOST_NAME
+    from launcher.jobs.agents.protocol import ATTEMPT, HOST_NAME
 
     with tempfile.TemporaryDirectory(prefix="mega-scale-") as folder:
         command = [sys.executable, __file__, "--head", folder, "--hosts", str(hosts), "--ranks", str(ranks_per_host)]
@@ -75,7 +75,7 @@ def run_job(hosts: int, ranks_per_host: int) -> dict[str, Any]:
 
 async def run_head(folder: Path, hosts: int, ranks_per_host: int) -> dict[str, Any]:
     """The head's part: the seconds of each stage, how lines were folded, and the most memory that this process ever had."""
-    from launcher.jobs.head import Head, RankEnded, RanksPlan
+    from launcher.jobs.agents.head import Head, RankEnded, RanksPlan
 
     names = tuple(f"host{number}" for number in range(hosts))
     gate = folder / "gate"

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from launcher.jobs.protocol import HOST_NAME
+from launcher.jobs.agents.protocol import HOST_NAME
 from launcher.rank_environment import hosts_of_ranks, leaf_switch
 
 if TYPE_CHECKING:

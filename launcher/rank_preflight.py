@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.fabric_place import fabric_place
-from launcher.jobs.protocol import ATTEMPT, CHOSEN, PREFLIGHT
+from launcher.jobs.agents.protocol import ATTEMPT, CHOSEN, PREFLIGHT
 
 if TYPE_CHECKING:
     from cluster.fabric.measured.fabric import MeasuredFabric

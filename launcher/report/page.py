@@ -14,8 +14,8 @@ from cluster.fabric.report.tables import findings_list
 from cluster.fabric.watch.status import FINDINGS_FILE, FOLDER
 from launcher.goodput import Ledger, read_ledger
 from launcher.goodput.ledger import windows_file
-from launcher.jobs.run_facts import RunFacts, look_at
-from launcher.jobs.status import RunStatus, run_status
+from launcher.jobs.inspection.run_facts import RunFacts, look_at
+from launcher.jobs.inspection.status import RunStatus, run_status
 from launcher.report import charts, tables
 from launcher.report.series import MetricSeries
 from megamodel.train.json_lines import read_lines

@@ -14,7 +14,7 @@ from cluster.fabric.report.tables import KeyFigure, Table
 from launcher.event_words import duration, event_words
 from launcher.goodput import CATEGORIES, STARTING, Ledger
 from launcher.goodput.account import Category
-from launcher.jobs.status import RunStatus
+from launcher.jobs.inspection.status import RunStatus
 from launcher.report.series import MetricSeries
 
 MOST_EVENTS = 300

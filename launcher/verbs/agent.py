@@ -14,7 +14,7 @@ def agent(out: Output) -> int:
     import asyncio
 
     from cluster.hardware import num_usable_cores
-    from launcher.jobs.agent import Agent, read_place
+    from launcher.jobs.agents.agent import Agent, read_place
 
     place = read_place(os.environ)
     return asyncio.run(Agent(place, environ=os.environ, num_cores=num_usable_cores(), say=out.warn).run())

@@ -54,7 +54,7 @@ def cancel(out: Output, run: Run, now: Now = False) -> int:
 
 
 def _in_queue(folder: JobFolder, record: JobRecord, now: bool) -> _Done:
-    from launcher.jobs.squeue import jobs_in_queue
+    from launcher.jobs.slurm.squeue import jobs_in_queue
 
     job_id = record.job_id
     assert job_id is not None
@@ -95,7 +95,7 @@ def _at_its_end(folder: JobFolder, job_id: str, state: SupervisorState | None) -
 
 
 def _scancel(*arguments: str) -> None:
-    from launcher.jobs.slurm_client import call
+    from launcher.jobs.slurm.client import call
 
     answer = asyncio.run(call("scancel", *arguments))
     if answer.code:

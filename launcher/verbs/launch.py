@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from launcher.jobs.backend import Backend
     from launcher.jobs.job import JobEnd
     from launcher.jobs.job_record import BackendName
-    from launcher.jobs.launch_plan import LaunchPlan
-    from launcher.jobs.submission import Submitted
+    from launcher.jobs.submission.plan import LaunchPlan
+    from launcher.jobs.submission.submit import Submitted
     from launcher.jobs.torchrun.roster import Roster
 
 Files = Annotated[
@@ -76,8 +76,8 @@ def launch(
     backend = _choose_backend(out, on)
     _check_options(backend, hostfile=hostfile, node_rank=node_rank, rendezvous=rendezvous, wait=wait)
     sets = [*(overrides or ()), *([] if nodes is None else [f"launch.nodes={nodes}"])]
-    from launcher.jobs.launch_plan import plan_launch
-    from launcher.jobs.submission import check_is_free
+    from launcher.jobs.submission.plan import plan_launch
+    from launcher.jobs.submission.submit import check_is_free
     from launcher.needed_packages import check_packages
     from launcher.run_record import changes_to_run
 
@@ -100,7 +100,7 @@ def launch(
 
 
 def _show_template(out: Output) -> int:
-    from launcher.jobs.slurm_script import template_text
+    from launcher.jobs.slurm.script import template_text
 
     text = template_text()
     out.say(text.rstrip("\n"))
@@ -109,7 +109,7 @@ def _show_template(out: Output) -> int:
 
 
 def _choose_backend(out: Output, on: str | None) -> BackendName:
-    from launcher.jobs.launch_plan import default_backend
+    from launcher.jobs.submission.plan import default_backend
 
     if on is None:
         backend, reason = default_backend(os.environ, has_sbatch=shutil.which("sbatch") is not None)
@@ -164,9 +164,9 @@ def _under_torchrun(out: Output, plan: LaunchPlan, roster: Roster) -> int:
 
 def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool) -> int:
     from launcher.jobs.job_record import JobFolder
-    from launcher.jobs.launch_plan import working_directory
-    from launcher.jobs.slurm_script import render_script
-    from launcher.jobs.submission import submit, try_submission
+    from launcher.jobs.slurm.script import render_script
+    from launcher.jobs.submission.plan import working_directory
+    from launcher.jobs.submission.submit import submit, try_submission
 
     earlier = JobFolder(plan.run).read_state()
     excluded = {} if earlier is None else earlier.excluded_hosts
@@ -219,7 +219,7 @@ def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool) -> in
 
 def _wait(out: Output, plan: LaunchPlan, submitted: Submitted, answer: dict[str, Any]) -> int:
     """Until the run has ended, over all its starts."""
-    from launcher.jobs.status import run_status
+    from launcher.jobs.inspection.status import run_status
 
     out.say("Waiting for its end; Ctrl-C leaves the job as it is.")
     while not (status := run_status(plan.run)).has_ended:
@@ -233,8 +233,8 @@ def _wait(out: Output, plan: LaunchPlan, submitted: Submitted, answer: dict[str,
 
 
 def _preview(out: Output, plan: LaunchPlan, *, script: str | None = None, said: str | None = None) -> int:
-    from launcher.jobs.launch_plan import working_directory
-    from launcher.jobs.launch_preview import as_data, starter_command, variables_of_ranks
+    from launcher.jobs.preview import as_data, starter_command, variables_of_ranks
+    from launcher.jobs.submission.plan import working_directory
     from launcher.layout_summary import in_words, layout_summary
 
     starter = starter_command(plan, working_directory=working_directory(), environ=os.environ)
@@ -273,8 +273,8 @@ def _preview(out: Output, plan: LaunchPlan, *, script: str | None = None, said: 
 def _in_foreground(out: Output, plan: LaunchPlan) -> int:
     """The supervisor is this very process."""
     from launcher.jobs.job import Job
-    from launcher.jobs.submission import write_job_files
-    from launcher.jobs.supervisor import supervise
+    from launcher.jobs.submission.submit import write_job_files
+    from launcher.jobs.supervision.supervisor import supervise
     from launcher.run_lock import locked_run
 
     with locked_run(plan.run.root, say=out.warn):

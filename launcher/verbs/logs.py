@@ -16,7 +16,7 @@ from launcher.rank_process import EXIT_INTERRUPTED
 from launcher.verbs.generate import Run
 
 if TYPE_CHECKING:
-    from launcher.jobs.log_reading import Log
+    from launcher.jobs.inspection.log_reading import Log
     from megamodel.train.run_directory import RunDirectory
 
 Rank = Annotated[int | None, typer.Option("--rank", min=0, metavar="N", help="What this rank said, and it alone.")]
@@ -81,7 +81,7 @@ class _Source:
 
 
 def _rank_logs(directory: RunDirectory, rank: int | None, attempt: int | None) -> _Source:
-    from launcher.jobs.log_reading import logs_of, missing_logs, newest_attempt
+    from launcher.jobs.inspection.log_reading import logs_of, missing_logs, newest_attempt
 
     def find(clock: Callable[[], float] | None, lines: int | None) -> tuple[Log, int | None] | None:
         number = newest_attempt(directory) if attempt is None else attempt
@@ -100,8 +100,8 @@ def _rank_logs(directory: RunDirectory, rank: int | None, attempt: int | None) -
 
 
 def _supervisor_log(directory: RunDirectory) -> _Source:
+    from launcher.jobs.inspection.log_reading import GrowingLog, log_from_end
     from launcher.jobs.job_record import JobFolder
-    from launcher.jobs.log_reading import GrowingLog, log_from_end
 
     path = JobFolder(directory).output
 
@@ -115,7 +115,7 @@ def _supervisor_log(directory: RunDirectory) -> _Source:
 
 
 def _show(out: Output, directory: RunDirectory, source: _Source, lines: int | None) -> None:
-    from launcher.jobs.log_reading import all_lines
+    from launcher.jobs.inspection.log_reading import all_lines
 
     found = source.find(None, lines)
     if found is None:
@@ -161,9 +161,9 @@ def _go_on(out: Output, directory: RunDirectory, source: _Source, lines: int) ->
 
 
 def _nothing_comes(directory: RunDirectory) -> bool:
+    from launcher.jobs.inspection.log_reading import newest_attempt
+    from launcher.jobs.inspection.status import run_status
     from launcher.jobs.job_record import JobFolder
-    from launcher.jobs.log_reading import newest_attempt
-    from launcher.jobs.status import run_status
 
     # A run of one process, which nobody has launched, writes no logs, however long it goes on.
     never = newest_attempt(directory) is None and not JobFolder(directory).root.exists()

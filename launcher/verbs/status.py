@@ -15,7 +15,7 @@ from launcher.output import Output
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from launcher.jobs.status import RunStatus
+    from launcher.jobs.inspection.status import RunStatus
 
 Runs = Annotated[
     list[Path] | None, typer.Argument(metavar="[RUN...]", help="Folders of runs, or their names. Default: all runs.")
@@ -56,7 +56,7 @@ def status(
 
 
 def _look(names: Sequence[Path], directory: Path) -> Callable[[], list[RunStatus]]:
-    from launcher.jobs.status import run_statuses
+    from launcher.jobs.inspection.status import run_statuses
     from launcher.run_record import find_run, runs_below
 
     for name in names:

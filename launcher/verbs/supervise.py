@@ -42,7 +42,7 @@ def _supervise(run: Path, say: Callable[[str], None]) -> int:
     from launcher.jobs.backends.slurm import SlurmBackend
     from launcher.jobs.job import Job
     from launcher.jobs.job_record import JobFolder
-    from launcher.jobs.slurm_step import python_of_ranks
+    from launcher.jobs.slurm.step import python_of_ranks
     from megamodel.train.run_directory import RunDirectory
 
     directory = RunDirectory(run)
@@ -65,7 +65,7 @@ def _supervise(run: Path, say: Callable[[str], None]) -> int:
 async def _stand_by(job: Job) -> JobEnd:
     """With the stop signals that have come since this process began."""
     from launcher.jobs.stop_asked import StopAsked
-    from launcher.jobs.supervisor import supervise as run_supervisor
+    from launcher.jobs.supervision.supervisor import supervise as run_supervisor
 
     with StopAsked(job.say) as stop:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())

@@ -17,7 +17,7 @@ import pytest
 
 from launcher.config import load_run_config
 from launcher.jobs.job_record import JobFolder, JobRecord, SupervisorState
-from launcher.jobs.slurm_script import template_text
+from launcher.jobs.slurm.script import template_text
 from launcher.output import Output
 from launcher.run_lock import locked_run
 from launcher.verbs import launch as verb

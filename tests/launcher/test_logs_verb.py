@@ -18,8 +18,8 @@ from launcher.errors import ConfigError, RunError
 from launcher.output import Output
 from launcher.verbs.logs import logs
 from megamodel.train.run_directory import RunDirectory
+from tests.launcher.jobs.inspection.test_log_reading import attempt_of
 from tests.launcher.jobs.runs import MadeRun
-from tests.launcher.jobs.test_log_reading import attempt_of
 
 RUN = Path("runs/x")
 
@@ -89,7 +89,7 @@ class Clock:
         self.has_ended = False
         monkeypatch.setattr("launcher.verbs.logs.time.monotonic", lambda: self.now)
         monkeypatch.setattr("launcher.verbs.logs.time.sleep", self.sleep)
-        monkeypatch.setattr("launcher.jobs.status.run_status", lambda directory: self)
+        monkeypatch.setattr("launcher.jobs.inspection.status.run_status", lambda directory: self)
 
     def sleep(self, seconds: float) -> None:
         assert not self.has_ended, "it waits though nothing will come"

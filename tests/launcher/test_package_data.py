@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("package", "pattern"), [("launcher.jobs", "*.j2"), ("launcher.report", "*.html")])
+@pytest.mark.parametrize(("package", "pattern"), [("launcher.jobs.slurm", "*.j2"), ("launcher.report", "*.html")])
 def test_the_templates_are_part_of_the_package(package: str, pattern: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     there = {path.name for path in (ROOT / package.replace(".", "/")).glob(pattern)}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.goodput import read_ledger
-from launcher.jobs.status import run_status
+from launcher.jobs.inspection.status import run_status
 from megamodel.train.run_directory import RunDirectory
 from tests.launcher.conftest import Mega
 

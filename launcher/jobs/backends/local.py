@@ -6,9 +6,9 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
+from launcher.jobs.agents.protocol import HOST_NAME
 from launcher.jobs.backend import Agents, AgentsStart
 from launcher.jobs.backends.starter import Starter
-from launcher.jobs.protocol import HOST_NAME
 
 AGENT_COMMAND = (sys.executable, "-m", "launcher", "agent")
 

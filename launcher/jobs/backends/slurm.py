@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from launcher.errors import ConfigError, RunError
+from launcher.jobs.agents.protocol import ATTEMPT
 from launcher.jobs.backend import Agents, AgentsStart
 from launcher.jobs.config import SlurmConfig
 from launcher.jobs.job_record import JobFolder
-from launcher.jobs.protocol import ATTEMPT
-from launcher.jobs.slurm_client import JobInfo, call, show_job, usable_hosts
-from launcher.jobs.slurm_guard import guard_command
-from launcher.jobs.slurm_step import step_command, step_environ, step_options
+from launcher.jobs.slurm.client import JobInfo, call, show_job, usable_hosts
+from launcher.jobs.slurm.guard import guard_command
+from launcher.jobs.slurm.step import step_command, step_environ, step_options
 from megamodel.train.run_directory import RunDirectory
 
 RUN = "MEGA_RUN"
@@ -231,7 +231,7 @@ class SlurmBackend:
 
     async def _keep_guard(self) -> None:
         """Has guards on other hosts of the job than this one, whether they train or not, as long as there are any; see
-        `launcher.jobs.slurm_guard`."""
+        `launcher.jobs.slurm.guard`."""
         here = self._environ.get("SLURMD_NODENAME")
         is_known = False
         while True:

@@ -9,13 +9,13 @@ import sys
 from cluster.hardware import num_usable_cores
 from launcher import rank_process
 from launcher.errors import ConfigError, RunError
-from launcher.jobs.agent import Agent, read_place
+from launcher.jobs.agents.agent import Agent, read_place
 from launcher.jobs.torchrun.ranks import TorchrunRanks
 from launcher.output import Output
 
 
 def main() -> int:
-    """Until it is sent home, or has lost the head; the exit code, see `launcher.jobs.agent`."""
+    """Until it is sent home, or has lost the head; the exit code, see `launcher.jobs.agents.agent`."""
     rank_process.enter(os.environ)
     out = Output(as_json=False)
     try:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from launcher.errors import RunError
+from launcher.jobs.agents.host_names import join_head, split_head
+from launcher.jobs.agents.protocol import HEAD, HOST_NAME
 from launcher.jobs.backends.starter import Starter
-from launcher.jobs.host_names import join_head, split_head
-from launcher.jobs.protocol import HEAD, HOST_NAME
 from launcher.jobs.torchrun.notices import AgentOrder, AgentStatus
 from launcher.rank_process import SUPERVISOR_PID
 

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 from launcher.child_ranks import ChildRank
 from launcher.failure_record import FailureRecord
 from launcher.first_cause import signal_name
-from launcher.jobs.agent_ranks import AgentRanks, not_started
-from launcher.jobs.protocol import ATTEMPT, Ended, Start
+from launcher.jobs.agents.agent_ranks import AgentRanks, not_started
+from launcher.jobs.agents.protocol import ATTEMPT, Ended, Start
 from launcher.jobs.torchrun.order import TorchrunOrder, without_settings
 from launcher.rank_process import EXIT_STOPPED, SUPERVISOR_PID, stop_signals
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launcher.errors import ConfigError
-from launcher.jobs.host_names import find_host, is_loopback, own_addresses
+from launcher.jobs.agents.host_names import find_host, is_loopback, own_addresses
 from launcher.jobs.hostfile import ListedHost
 
 # Below the ports that a kernel gives out by itself (Linux: from 32768), and those of steps of SLURM.

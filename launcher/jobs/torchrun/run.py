@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from launcher.config import load_run_config
-from launcher.jobs.backends.torchrun import TorchrunBackend
 from launcher.jobs.job import Job, JobEnd
 from launcher.jobs.job_record import JobFolder
-from launcher.jobs.launch_plan import LaunchPlan
 from launcher.jobs.stop_asked import StopAsked
-from launcher.jobs.submission import write_job_files
-from launcher.jobs.supervisor import supervise
+from launcher.jobs.submission.plan import LaunchPlan
+from launcher.jobs.submission.submit import write_job_files
+from launcher.jobs.supervision.supervisor import supervise
+from launcher.jobs.torchrun.backend import TorchrunBackend
 from launcher.jobs.torchrun.meeting import Meeting
 from launcher.jobs.torchrun.node import Node
 from launcher.jobs.torchrun.notices import shared_token

@@ -9,8 +9,8 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from launcher.jobs.head import Head
-from launcher.jobs.protocol import LONGEST_LINE, Ended, Hello, Message, Start, Started, Welcome, decode, encode
+from launcher.jobs.agents.head import Head
+from launcher.jobs.agents.protocol import LONGEST_LINE, Ended, Hello, Message, Start, Started, Welcome, decode, encode
 
 T = TypeVar("T", bound=Message)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config import load_run_config
+from launcher.jobs.agents.protocol import ATTEMPT, HOST_NAME
 from launcher.jobs.backend import Agents, AgentsStart
 from launcher.jobs.backends.starter import Starter
 from launcher.jobs.job import Job, JobEnd, Patience
 from launcher.jobs.job_record import JobFolder, SupervisorState
-from launcher.jobs.protocol import ATTEMPT, HOST_NAME
-from launcher.jobs.supervisor import supervise
+from launcher.jobs.supervision.supervisor import supervise
 from megamodel.train.run_directory import RunDirectory
 
 TIMEOUT = 240
@@ -27,7 +27,7 @@ TIMEOUT = 240
 _AGENT = """
 import os, sys
 from pathlib import Path
-from launcher.jobs.agent import Agent
+from launcher.jobs.agents.agent import Agent
 from launcher.output import Output
 from launcher.verbs.agent import agent
 take = Agent._take_answer

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.jobs.head import Attempt, Head, RanksPlan
-from launcher.jobs.protocol import Start
+from launcher.jobs.agents.head import Attempt, Head, RanksPlan
+from launcher.jobs.agents.protocol import Start
 from tests.launcher.jobs.fake_agent import TOKEN, FakeAgent
 
 

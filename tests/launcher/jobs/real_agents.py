@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
-from launcher.jobs.head import Attempt, Head, RankEnded, RanksPlan
-from launcher.jobs.protocol import (
+from launcher.jobs.agents.head import Attempt, Head, RankEnded, RanksPlan
+from launcher.jobs.agents.protocol import (
     HOST_NAME,
     Start,
 )

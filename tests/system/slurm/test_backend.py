@@ -27,8 +27,8 @@ from pathlib import Path
 from launcher.jobs.backend import AgentsStart
 from launcher.jobs.backends.slurm import SlurmBackend
 from launcher.jobs.config import SlurmConfig
-from launcher.jobs.head import Head
-from launcher.jobs.protocol import ATTEMPT
+from launcher.jobs.agents.head import Head
+from launcher.jobs.agents.protocol import ATTEMPT
 from megamodel.train.run_directory import RunDirectory
 
 root = Path(sys.argv[1])

@@ -180,7 +180,7 @@ def guarded(fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def guards(fake_slurm: FakeSlurm) -> list[str]:
-    return [call for call in fake_slurm.calls("srun") if "slurm_guard" in call]
+    return [call for call in fake_slurm.calls("srun") if "slurm.guard" in call]
 
 
 async def start_on(case: Case, *hosts: str) -> None:
@@ -194,7 +194,7 @@ def test_guards_are_on_other_hosts_and_no_more_than_two(fake_slurm: FakeSlurm, g
         await until(lambda: len(guards(fake_slurm)) == 1)
         assert "--nodes=2 --nodelist=n[3-4] --ntasks=2" in guards(fake_slurm)[0]
         assert "--gres=none" in guards(fake_slurm)[0]
-        assert guards(fake_slurm)[0].endswith(f"launcher.jobs.slurm_guard {guarded.run.root} 50")
+        assert guards(fake_slurm)[0].endswith(f"launcher.jobs.slurm.guard {guarded.run.root} 50")
         await until(lambda: "SLURM_JOB_ID=7\n" in (fake_slurm.folder / "env").read_text())
         assert "SLURM_GPU" not in (fake_slurm.folder / "env").read_text()
         looks = len(fake_slurm.calls("sinfo"))

@@ -16,13 +16,13 @@ import pytest
 
 from launcher.child_ranks import free_port
 from launcher.errors import RunError
+from launcher.jobs.agents.protocol import ATTEMPT, HEAD, HOST_NAME, TOKEN
 from launcher.jobs.backend import AgentsStart
-from launcher.jobs.backends.torchrun import TorchrunBackend
 from launcher.jobs.config import LaunchConfig
 from launcher.jobs.job import JobEnd
-from launcher.jobs.protocol import ATTEMPT, HEAD, HOST_NAME, TOKEN
 from launcher.jobs.stop_asked import StopAsked
 from launcher.jobs.torchrun import host_agent, node
+from launcher.jobs.torchrun.backend import TorchrunBackend
 from launcher.jobs.torchrun.meeting import Meeting
 from launcher.jobs.torchrun.node import Node
 from launcher.jobs.torchrun.notices import NodeHello, NoNodeError, connect, shared_token

@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.jobs.head import HostLost
-from launcher.jobs.protocol import ATTEMPT, HOST_NAME
+from launcher.jobs.agents.head import HostLost
+from launcher.jobs.agents.protocol import ATTEMPT, HOST_NAME
 from launcher.jobs.torchrun.host_agent import AGENT_COMMAND
 from launcher.jobs.torchrun.order import TorchrunOrder
 from launcher.rank_process import SUPERVISOR_PID
+from tests.launcher.jobs.agents.test_agent import Job, ends, is_running, python, until
 from tests.launcher.jobs.fake_agent import in_time
-from tests.launcher.jobs.test_agent import Job, ends, is_running, python, until
 
 _ENTER = "rank_process.enter(os.environ)\n"
 _WAITS = f"{_ENTER}mark('pid', str(os.getpid()))\nhang()"

@@ -1,0 +1,1 @@
+"""What is known of runs from outside: their state, their facts, their logs."""

@@ -1,0 +1,1 @@
+"""All that speaks to SLURM: the batch script, the step, its commands."""

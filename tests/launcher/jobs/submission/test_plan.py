@@ -1,0 +1,170 @@
+"""What is looked at before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ConfigError
+from launcher.jobs import host_choice
+from launcher.jobs.job_record import BackendName
+from launcher.jobs.submission.plan import LaunchPlan, default_backend, plan_launch, seconds_of, working_directory
+
+
+def plan_of(
+    file: Path,
+    *settings: str,
+    backend: BackendName = "slurm",
+    hostfile: Path | None = None,
+    path: str = "/usr/bin:/bin",
+) -> LaunchPlan:
+    return plan_launch([file], settings, backend=backend, environ={"PATH": path}, hostfile=hostfile)
+
+
+def problems_of(
+    file: Path, *settings: str, backend: BackendName = "slurm", hostfile: Path | None = None
+) -> Sequence[str]:
+    with pytest.raises(ConfigError) as refused:
+        plan_of(file, *settings, backend=backend, hostfile=hostfile)
+    assert all(problem in str(refused.value) for problem in refused.value.problems)
+    return refused.value.problems
+
+
+def test_ranks_of_a_host(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        host_choice, "num_usable_gpus", lambda environ: 8
+    )  # the login node's, which tell nothing of others
+    assert plan_of(tiny, "launch.nodes=2").num_ranks == 2
+    assert plan_of(tiny, "launch.nodes=2", "slurm.gpus=2").num_ranks == 4
+    assert plan_of(tiny, "launch.nodes=2", "slurm.gpus=4", "launch.ranks_per_node=2").num_ranks == 4
+    assert plan_of(tiny, "train.global_batch_size=8", backend="local").num_ranks == 8
+    assert plan_of(tiny, "run.device=cpu", backend="local").num_ranks == 1
+    # What was found is part of the configuration from now on.
+    assert plan_of(tiny, "slurm.gpus=2").config.launch.ranks_per_node == 2
+
+
+def test_spare_hosts(tiny: Path) -> None:
+    plan = plan_of(tiny, "launch.nodes=2", "slurm.nodes=3")
+    assert (plan.nodes_asked, plan.num_ranks) == (3, 2)
+    assert plan_of(tiny, "slurm.nodes=3", backend="local").nodes_asked == 1
+
+
+def test_all_problems_at_once(tiny: Path) -> None:
+    problems = problems_of(
+        tiny,
+        "launch.nodes=3",
+        "slurm.nodes=2",
+        "slurm.gpus=1",
+        "launch.ranks_per_node=2",
+        "slurm.time=2",
+        "data.path=nowhere",
+        "data.tokenizer.path=no.json",
+        "slurm.container.runtime=apptainer",
+        "slurm.container.image=/images/none.sif",
+        "slurm.template=none.j2",
+    )
+    said = "\n".join(problems)
+    for words in (
+        "train.global_batch_size",
+        "(3 hosts with 2 ranks each)",
+        "--set slurm.nodes=2: slurm.nodes = 2: fewer than launch.nodes = 3, which train; raise it, or leave it out",
+        "--set launch.ranks_per_node=2: launch.ranks_per_node = 2: a GPU serves one rank, and slurm.gpus = 1",
+        'defaults: slurm.signal_seconds = 120: must be less than slurm.time = "2", which is 120 s',
+        '--set data.path=nowhere: data.path = "nowhere": no such file or folder',
+        'data.tokenizer.path = "no.json": no such file or folder',
+        'slurm.container.image = "/images/none.sif": no such file',
+        "slurm.template = none.j2: cannot be read: No such file or directory",
+    ):
+        assert words in said
+    assert len(problems) == 8
+
+
+def test_single_keys_first(tiny: Path) -> None:
+    (problem,) = problems_of(tiny, "launch.nodez=3")
+    assert "did you mean launch.nodes?" in problem
+
+
+def test_what_concerns_slurm_alone_is_looked_at_for_slurm_alone(tiny: Path) -> None:
+    plan_of(tiny, "slurm.time=1", "slurm.template=none.j2", backend="local")
+
+
+def test_mounts_that_are_not_here_are_doubts(tiny: Path) -> None:
+    settings = (
+        "slurm.container.runtime=pyxis",
+        "slurm.container.image=docker://a/b",
+        'slurm.container.mounts=["/nowhere:/data", "/tmp"]',
+    )
+    (doubt,) = plan_of(tiny, *settings).doubts
+    assert "/nowhere is not there" in doubt
+    assert "every host of the job must have it" in doubt
+
+
+@pytest.mark.parametrize("image", ["docker://a/b:c", "oras://a/b"])
+def test_apptainer_is_given_a_file(tiny: Path, image: str) -> None:
+    settings = ("slurm.container.runtime=apptainer", f"slurm.container.image={image}")
+    (problem,) = problems_of(tiny, *settings)
+    assert f'slurm.container.image = "{image}": every host would fetch it' in problem
+    assert f"apptainer pull image.sif {image}" in problem
+
+
+@pytest.mark.parametrize(("time", "is_doubtful"), [("3", True), ("0:3:29", True), ("0:3:30", False), ("1:0:0", False)])
+def test_a_time_limit_that_leaves_no_time_is_doubtful(tiny: Path, time: str, is_doubtful: bool) -> None:
+    doubts = plan_of(tiny, f"slurm.time={time}").doubts
+    assert bool(doubts) is is_doubtful
+    if is_doubtful:
+        assert f'slurm.time = "{time}" leaves the run' in doubts[0]
+        assert "set the time to 210 s or more" in doubts[0]
+
+
+@pytest.mark.parametrize("image", ["nvcr.io#nvidia/pytorch:25.01", "docker://a/b:c", "a/b"])
+def test_images_of_a_registry_are_not_looked_for(tiny: Path, image: str) -> None:
+    plan_of(tiny, "slurm.container.runtime=pyxis", f"slurm.container.image={image}")
+
+
+def test_this_machine_is_one_host(tiny: Path) -> None:
+    (problem,) = problems_of(tiny, "launch.nodes=2", backend="local")
+    assert "launch.nodes = 2: --on local is this machine alone" in problem
+
+
+def test_hosts_of_a_hostfile(tiny: Path, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("n1\nn2\n")
+    mpirun = tmp_path / "bin" / "mpirun"
+    mpirun.parent.mkdir()
+    mpirun.write_text("#!/bin/sh\n")
+    mpirun.chmod(0o755)
+    plan = plan_of(tiny, "launch.ranks_per_node=1", backend="mpi", hostfile=hosts, path=str(mpirun.parent))
+    assert [host.name for host in plan.hosts] == ["n1", "n2"]
+    assert plan.config.launch.nodes == 2
+    assert plan_of(tiny, "launch.nodes=1", backend="mpi", hostfile=hosts, path=str(mpirun.parent)).num_ranks == 1
+    settings = ("launch.nodes=4", "launch.ranks_per_node=1")
+    assert "the hostfile lists 2" in problems_of(tiny, *settings, backend="mpi", hostfile=hosts)[-1]
+    assert "without --hostfile is this machine alone" in problems_of(tiny, *settings, backend="mpi")[-1]
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:05", 7205), ("1-0", 86_400), ("1-12:30", 131_400), ("2-00:00:01", 172_801)],
+)
+def test_time_limits(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
+
+
+def test_where_a_job_starts_when_nobody_says() -> None:
+    assert default_backend({}, has_sbatch=True) == ("slurm", "there is sbatch here")
+    assert default_backend({"SLURM_JOB_ID": "7"}, has_sbatch=True) == ("local", "this is within job 7 of SLURM")
+    assert default_backend({}, has_sbatch=False) == ("local", "there is no sbatch here")
+
+
+def test_the_working_directory_by_the_users_name_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "link")
+    monkeypatch.setenv("PWD", str(tmp_path / "link"))
+    assert working_directory() == tmp_path / "link"
+    monkeypatch.setenv("PWD", str(tmp_path))  # of somebody who has not told the shell
+    assert working_directory() == tmp_path / "real"
+    monkeypatch.delenv("PWD")
+    assert working_directory() == tmp_path / "real"
