@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import shlex
-import signal
 import subprocess
 import tempfile
 import time
@@ -22,7 +21,8 @@ from typing import Any, Self
 
 import psutil
 
-from tests.system.fabric.hosts import FabricOfHosts, run_command
+from tests.system.fabric.hosts import FabricOfHosts
+from tests.system.host_processes import HostProcesses
 from tests.system.slurm.configuration import CONTROLLER, write_configuration
 
 LINK_MBIT = 400.0
@@ -33,17 +33,6 @@ MPI_ENVIRONMENT = {
     "OMPI_MCA_pml": "ob1",
 }
 """For the programs of an `srun --mpi=pmix` step: OpenMPI uses the hosts' links, and nothing that only one machine has."""
-_ENTER = """
-hostname "$1"
-mount --bind "$2" /etc/hosts
-exec 9</sys/fs/cgroup
-mount -t sysfs sysfs /sys
-mount --rbind /proc/self/fd/9 /sys/fs/cgroup
-exec 9<&-
-shift 2
-exec "$@"
-"""
-"""/sys shows the devices of the namespace it was mounted in, hence anew; control groups stay visible."""
 _START_SECONDS = 60.0
 _COMMAND_SECONDS = 30.0
 _POLL_SECONDS = 0.1
@@ -80,7 +69,7 @@ class SlurmOfHosts:
         self.directory = Path()
         """Configuration, logs and state; also for the scripts and output of tests."""
         self._slurmds: dict[str, subprocess.Popen[str]] = {}
-        self._started: list[subprocess.Popen[str]] = []
+        self._processes = HostProcesses(self.fabric)
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -89,7 +78,7 @@ class SlurmOfHosts:
             prefix = f"slurm-of-hosts-{os.getpid()}-"
             self.directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)))
             stack.enter_context(self.fabric)
-            stack.callback(self._end_all)
+            stack.callback(self._processes.end)
             write_configuration(self.directory, self.fabric, self._settings)
             self._start()
             self._cleanup = stack.pop_all()
@@ -112,17 +101,8 @@ class SlurmOfHosts:
 
         It is that very process, to be signalled as it is. Killed at the end.
         """
-        where = self.fabric.host_named(host)
-        enter = ["nsenter", f"--net=/var/run/netns/{where.namespace}", "unshare", "-u", "-m", "sh", "-ec", _ENTER, "sh"]
-        process = subprocess.Popen(
-            [*enter, where.name, str(self.fabric.hosts_file), *command],
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "SLURM_CONF": str(self.configuration), **(env or {})},
-            **{"stdin": subprocess.DEVNULL, **options},
-        )
-        self._started.append(process)
-        return process
+        environ = {**os.environ, "SLURM_CONF": str(self.configuration), **(env or {})}
+        return self._processes.start(host, command, text=True, env=environ, **options)
 
     def run(
         self,
@@ -180,16 +160,12 @@ class SlurmOfHosts:
 
     def processes(self, host: str) -> list[psutil.Process]:
         """All that runs on the host, slurmd too."""
-        found = []
-        for number in run_command("ip", "netns", "pids", self._namespace(host)).split():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found.append(psutil.Process(int(number)))
-        return found
+        return self._processes.on(host)
 
     def kill_host(self, name: str) -> None:
         """The host loses its power: all on it is gone, and nobody hears a goodbye."""
         self.link_down(name)
-        self._kill_all_on(name)
+        self._processes.kill_all(name)
 
     def revive_host(self, name: str) -> None:
         """The host starts again: its link comes up, and slurmd."""
@@ -203,11 +179,11 @@ class SlurmOfHosts:
 
     def link_down(self, name: str) -> None:
         """The host's cable is out, at the switch's end."""
-        self._set_link(name, "down")
+        self._processes.set_link(name, "down")
 
     def link_up(self, name: str) -> None:
         """The cable is in again."""
-        self._set_link(name, "up")
+        self._processes.set_link(name, "up")
 
     def set_rate(self, name: str, mbit: float | None = None) -> None:
         """Shapes the host's link, each way; None: as it was made."""
@@ -256,13 +232,6 @@ class SlurmOfHosts:
         with open(self.directory / f"{command[0]}-{host}.stderr", "a") as log:
             return self.popen(*command, host=host, stdout=log, stderr=log)
 
-    def _namespace(self, name: str) -> str:
-        return self.fabric.host_named(name).namespace
-
-    def _set_link(self, name: str, state: str) -> None:
-        port = self.fabric.host_named(name).port
-        run_command("ip", "-n", self.fabric.switches, "link", "set", port, state)
-
     def _wait(
         self,
         look: Callable[[], dict[str, str]],
@@ -280,28 +249,6 @@ class SlurmOfHosts:
                 seen = " ".join(f"{name}={value}" for name, value in fields.items())
                 raise CommandError(f"{field} is not {' or '.join(wanted)} after {timeout:g} s: {seen}\n{self.logs()}")
             time.sleep(_POLL_SECONDS)
-
-    def _kill_all_on(self, name: str) -> None:
-        # Again and again: one may have been forked between the look and the kill.
-        deadline = time.monotonic() + _COMMAND_SECONDS
-        while living := [one for one in self.processes(name) if one.status() != psutil.STATUS_ZOMBIE]:
-            for one in living:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.send_signal(signal.SIGKILL)
-            for process in self._started:
-                process.poll()
-            if time.monotonic() > deadline:
-                raise CommandError(f"{living} on {name} cannot be killed")
-            time.sleep(0.01)
-
-    def _end_all(self) -> None:
-        for host in reversed(self.fabric.all_hosts):
-            self._kill_all_on(host.name)
-        for process in self._started:
-            process.wait(timeout=_COMMAND_SECONDS)
-            for stream in (process.stdout, process.stderr, process.stdin):
-                if stream is not None:
-                    stream.close()
 
 
 class CommandError(AssertionError):
