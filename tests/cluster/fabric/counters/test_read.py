@@ -7,7 +7,7 @@ from cluster.fabric.counters.sources import Sources
 from tests.cluster.fabric.counters.trees import FILES, PORT, plant
 
 
-def test_every_area_of_a_host_is_read(tmp_path: Path) -> None:
+def test_the_counters_of_every_area_of_a_host_are_read(tmp_path: Path) -> None:
     snapshot = read_counters(plant(tmp_path, FILES))
     counts = {name: count.value * count.unit for name, count in snapshot.counts.items()}
     expected = {
@@ -54,7 +54,10 @@ def test_every_area_of_a_host_is_read(tmp_path: Path) -> None:
     assert {name: counts.get(name) for name in expected} == pytest.approx(expected)
     others = counts.keys() - expected.keys()
     assert all(name.startswith("net/eth0/") for name in others), others  # statistics of eth0 that the tree leaves at 0
-    assert snapshot.states == {
+
+
+def test_the_states_of_ports_and_gpus_are_read(tmp_path: Path) -> None:
+    assert read_counters(plant(tmp_path, FILES)).states == {
         "infiniband/mlx5_0:1/is_down": 0.0,
         "infiniband/mlx5_0:1/rate_bytes_per_s": 50e9,
         "infiniband/mlx5_0:1/lacks_roce_v2": 0.0,
