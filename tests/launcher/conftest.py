@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from launcher.cli import build_app
+from launcher.jobs.job_record import JobFolder, JobRecord
+from megamodel.train.run_directory import RunDirectory
 from tests.launcher.jobs.fake_slurm import FakeSlurm
 
 _CONFIG = """
@@ -37,6 +40,12 @@ log.every_steps = 1
 [generate]
 prompts = ["one "]
 max_new_tokens = 4
+"""
+_TAKES = """
+case "$1" in
+    --test-only) cat > /dev/null; echo "sbatch: Job 7 to start at noon using 4 processors on nodes n1" >&2;;
+    *) echo "7;hosts";;
+esac
 """
 
 
@@ -109,3 +118,22 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """Only these programs of SLURM are there."""
     return FakeSlurm(tmp_path / "slurm", monkeypatch)
+
+
+@pytest.fixture
+def queue(fake_slurm: FakeSlurm) -> FakeSlurm:
+    """A SLURM that takes each job, as job 7, and knows of none."""
+    fake_slurm.program("sbatch", _TAKES)
+    return fake_slurm
+
+
+@pytest.fixture
+def folder(tiny: Path) -> JobFolder:
+    """Of the run `tiny`."""
+    return JobFolder(RunDirectory(tiny.parent / "runs" / "tiny"))
+
+
+def job_record(**changes: object) -> JobRecord:
+    """Of job 5, which is submitted just now."""
+    fields = {"backend": "slurm", "job_id": "5", "submitted": time.time(), "submitted_from": "x", "nodes": 1}
+    return JobRecord(**{**fields, **changes})  # type: ignore[arg-type]
