@@ -143,7 +143,9 @@ class Attempt:
             )
         for host, ranks in lost.items():
             self._events.put_nowait(
-                HostLost(host=host, why="its agent was gone before the start", at=time.time(), ranks=ranks)
+                HostLost(
+                    host=host, why="its agent was gone before the start", silent=False, at=time.time(), ranks=ranks
+                )
             )
         if not await self._until(lambda: all(agent.has_started or not agent.is_here for agent in agents), _START_S):
             for agent in agents:
@@ -314,7 +316,8 @@ class Attempt:
             asyncio.get_running_loop().call_later(_COME_BACK_S, self._poke)
         if agent.expected and not self._is_over:
             why = agent.leaves or ("its agent's connection ended" if why == "its connection ended" else why)
-            self._events.put_nowait(HostLost(host=agent.host, why=why, at=time.time(), ranks=ranks))
+            silent = agent.connection.silent and not agent.leaves
+            self._events.put_nowait(HostLost(host=agent.host, why=why, silent=silent, at=time.time(), ranks=ranks))
         self._poke()
 
     def _write_line(self, line: str) -> None:

@@ -214,6 +214,8 @@ class Connection(asyncio.Protocol):
     """How long nothing has come, in time in which this process itself ran."""
     why: str = ""
     """Why it was hung up, where this end did it."""
+    silent: bool = False
+    """Whether it was hung up because nothing came any more."""
     _transport: asyncio.Transport | None = None
     _rest: bytes = b""
     _sending: threading.Lock = field(default_factory=threading.Lock)
@@ -286,9 +288,10 @@ class Connection(asyncio.Protocol):
             ):  # hardly ever for so few bytes; what follows would be garbled
                 end.shutdown(socket.SHUT_RDWR)
 
-    def hang_up(self, why: str) -> None:
-        """Ends the connection at once."""
-        self.why = self.why or why
+    def hang_up(self, why: str, *, silent: bool = False) -> None:
+        """Ends the connection at once. Where that is done twice, the first reason stands."""
+        if not self.why:
+            self.why, self.silent = why, silent
         if self._transport is not None:
             self._transport.abort()
 
@@ -358,4 +361,4 @@ async def hang_up_on_the_silent(connections: Callable[[], list[Connection]], sil
         for connection in connections():
             connection.quiet_s += passed_s
             if connection.quiet_s > silence_s:
-                connection.hang_up(f"nothing heard for {silence_s:g} s")
+                connection.hang_up(f"nothing heard for {silence_s:g} s", silent=True)

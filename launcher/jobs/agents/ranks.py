@@ -55,6 +55,8 @@ class HostLost:
 
     host: str
     why: str
+    silent: bool
+    """Whether nothing was heard of it any more. Else its connection was ended, by it or by the head."""
     at: float
     """Seconds since 1970."""
     ranks: tuple[int, ...]

@@ -164,17 +164,12 @@ def of_lost_host(lost: HostLost, scene: Scene) -> Failure:
         last_collective=None if seen is None else scene.doing[seen],
         step=scene.step,
         lost_hosts=(lost.host,),
-        are_missing=fell_silent(lost),
+        are_missing=lost.silent,  # a connection that ends was ended by somebody there
     )
 
 
-def fell_silent(lost: HostLost) -> bool:
-    """Whether the host itself seems to be gone: a connection that ends was ended by somebody there."""
-    return lost.why.startswith("nothing heard")
-
-
 def _lost_since(lost: HostLost, silence_s: float) -> float:
-    return lost.at - (silence_s if fell_silent(lost) else 0.0)
+    return lost.at - (silence_s if lost.silent else 0.0)
 
 
 def _one_line(text: str) -> str:

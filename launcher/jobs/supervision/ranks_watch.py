@@ -27,7 +27,6 @@ from launcher.jobs.supervision.first_failure import (
     Scene,
     StarterEnd,
     collective_of,
-    fell_silent,
     first_failure,
     missed_ranks,
     of_hang,
@@ -112,7 +111,7 @@ class RanksWatch:
                 task.cancel()
         await self._hear_watch_out()
         end = await asyncio.to_thread(self._find_end)
-        silent_since = max((lost.at for lost in self._lost if fell_silent(lost)), default=-_ISOLATED_SECONDS)
+        silent_since = max((lost.at for lost in self._lost if lost.silent), default=-_ISOLATED_SECONDS)
         return replace(end, clear_at=silent_since + _ISOLATED_SECONDS)
 
     async def _hear_watch_out(self) -> None:

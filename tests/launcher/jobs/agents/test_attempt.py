@@ -145,6 +145,7 @@ def test_a_closed_connection_is_a_lost_host_at_once(job: Job) -> None:
             lost = await attempt.next_event()
             assert isinstance(lost, HostLost)
             assert (lost.host, lost.why, lost.ranks) == ("n2", "its agent's connection ended", (3,))
+            assert not lost.silent
             assert attempt.running() == {0, 1}
             assert attempt.hosts_present == ("n1",)
 
@@ -158,6 +159,7 @@ def test_a_silent_host_is_lost(job: Job) -> None:
             lost = await attempt.next_event()
             assert isinstance(lost, HostLost)
             assert (lost.host, lost.why, lost.ranks) == ("n1", "nothing heard for 0.1 s", (0,))
+            assert lost.silent
 
     in_time(test)
 
@@ -171,6 +173,7 @@ def test_an_agent_that_leaves_says_why(job: Job) -> None:
             lost = await _attempt.next_event()
             assert isinstance(lost, HostLost)
             assert lost.why == "its agent was told to end (SIGTERM)"
+            assert not lost.silent
 
     in_time(test)
 

@@ -32,8 +32,9 @@ def _ended(rank: int, code: int, at: float = 100.0, message: str | None = None, 
     return RankEnded(rank=rank, host=f"n{rank}", code=code, at=at, record=record, **known)
 
 
-def _lost(host: str, at: float, why: str = "its agent's connection ended", ranks: tuple[int, ...] = (2,)) -> HostLost:
-    return HostLost(host=host, why=why, at=at, ranks=ranks)
+def _lost(host: str, at: float, *, silent: bool = False, ranks: tuple[int, ...] = (2,)) -> HostLost:
+    why = "nothing heard for 15 s" if silent else "its agent's connection ended"
+    return HostLost(host=host, why=why, silent=silent, at=at, ranks=ranks)
 
 
 def _first(*events: RankEnded | HostLost, starter: StarterEnd | None = None, scene: Scene = _SCENE) -> Any:
@@ -100,7 +101,7 @@ def test_a_lost_host_comes_before_what_it_caused_and_after_what_came_before() ->
 
 
 def test_a_host_that_fell_silent_was_lost_when_it_did() -> None:
-    silent = _lost("n2", at=112.0, why="nothing heard for 15 s")
+    silent = _lost("n2", at=112.0, silent=True)
     failure = _first(_ended(3, -9, at=100.0), silent)
     assert (failure.kind, failure.are_missing) == ("host_lost", True)
     assert _first(_ended(3, -9, at=96.0), silent).kind == "signal"
