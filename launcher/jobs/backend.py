@@ -48,6 +48,11 @@ class Backend(Protocol):
         """Whether each rank has an agent of its own, rather than each host one."""
         ...
 
+    @property
+    def is_restart(self) -> bool:
+        """Whether the scheduler has started this very job before. False where it has none."""
+        ...
+
     async def hosts(self) -> Sequence[str]:
         """Hosts that could take part now, in the order of their ranks; those that are down are left out."""
         ...

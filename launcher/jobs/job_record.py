@@ -113,7 +113,7 @@ class JobFolder:
         return self._cancel.exists()
 
     def forget_cancel(self) -> None:
-        """Of a job that has ended, and is started again."""
+        """Of a job that has ended, and that somebody starts again."""
         self._cancel.unlink(missing_ok=True)
 
     def forget_before_launch(self) -> None:

@@ -18,6 +18,7 @@ class LocalBackend:
 
     name = "local"
     task_per_rank = False
+    is_restart = False
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         """`environ` is that of the agent and of its ranks."""

@@ -33,6 +33,7 @@ class MpiBackend:
 
     name = "mpi"
     task_per_rank = False
+    is_restart = False
 
     def __init__(
         self, environ: Mapping[str, str], *, hosts: Sequence[ListedHost] = (), program: str | None = None

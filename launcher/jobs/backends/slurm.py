@@ -119,6 +119,11 @@ class SlurmBackend:
         """Under PMIx a task is a rank."""
         return self._slurm.mpi == "pmix"
 
+    @property
+    def is_restart(self) -> bool:
+        """SLURM counts them."""
+        return self._restarts > 0
+
     async def hosts(self) -> Sequence[str]:
         """Those of the job that work. A host that SLURM has given up does not come back to the job."""
         job = await show_job(self._job_id, self._environ)

@@ -28,8 +28,10 @@ def first_state(job: Job) -> SupervisorState:
         return SupervisorState(state="running", **now)
     state: JobState = "restarting" if earlier.attempt else "running"
     if earlier.state in ("failed", "finished"):
-        # Somebody wants it all the same, as by `scontrol requeue`: that counts more than what ended it.
-        job.folder.forget_cancel()
+        # Somebody wants it all the same, as by `sbatch` with its script: that counts more than what ended it. But a scheduler
+        # may have queued it again by itself while `mega cancel` ended it: then the user's word stands.
+        if earlier.state == "finished" or not job.backend.is_restart:
+            job.folder.forget_cancel()
         return replace(earlier, **now, state=state, attempts_without_progress=0, cause=None)
     count, cause = earlier.attempts_without_progress, earlier.cause
     if earlier.hosts:  # it has not seen the end of its last attempt

@@ -20,6 +20,7 @@ class TorchrunBackend:
 
     name = "torchrun"
     task_per_rank = False
+    is_restart = False
 
     def __init__(
         self,

@@ -120,6 +120,7 @@ class MadeUpHosts:
         self.absent: set[str] = set()
         """Hosts that are there, as it seems, and from which no agent comes."""
         self.task_per_rank = False
+        self.is_restart = False
         self.requeues: list[dict[str, Any]] = []
         self.accepts_requeue = True
         self.preempted = False

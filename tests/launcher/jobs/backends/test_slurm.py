@@ -21,6 +21,13 @@ def test_it_must_be_within_a_job(tmp_path: Path) -> None:
         SlurmBackend({}, SlurmConfig(), RunDirectory(tmp_path), say=print, device="cpu")
 
 
+@pytest.mark.parametrize(("environ", "is_restart"), [({}, False), ({"SLURM_RESTART_COUNT": "1"}, True)])
+def test_whether_slurm_has_started_the_job_before(
+    fake_slurm: FakeSlurm, tmp_path: Path, environ: dict[str, str], is_restart: bool
+) -> None:
+    assert Case(tmp_path, **environ).backend.is_restart is is_restart
+
+
 def test_hosts_are_those_that_the_job_still_has(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     case = Case(tmp_path, SLURM_JOB_NODELIST="n[1-4]")
     fake_slurm.job(NodeList="n[1,3-4]")

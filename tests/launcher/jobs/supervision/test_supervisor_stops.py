@@ -137,6 +137,24 @@ def test_a_job_that_had_ended_and_is_started_again_counts_anew(tmp_path: Path, s
     assert not job.folder.is_cancelled()
 
 
+def test_a_job_that_slurm_itself_queued_again_while_it_was_cancelled_does_not_begin(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["b"], "")
+    job.backend.is_restart = True
+    _left_by_an_earlier_start(job, state="failed", cause="cancelled while it waited")
+    job.folder.ask_to_cancel()
+    end = job.supervise()
+    assert (end.exit_code, end.requeued, job.backend.starts) == (75, False, [])
+    assert job.state().state == "failed"
+    assert end.cause == job.state().cause == "cancelled; nothing was trained yet: the same command continues"
+
+
+def test_a_failed_job_that_somebody_requeues_begins_again(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["b"], "")
+    job.backend.is_restart = True
+    _left_by_an_earlier_start(job, state="failed", attempts_without_progress=3)
+    assert job.supervise().exit_code == 0
+
+
 def test_a_scheduler_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
     job = MadeUpJob(tmp_path, ["a"], _SAVES)
     job.backend.preempted = True
