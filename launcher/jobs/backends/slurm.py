@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import subprocess
-import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.agents.protocol import ATTEMPT
@@ -22,7 +20,6 @@ from megamodel.train.run_directory import RunDirectory
 
 RUN = "MEGA_RUN"
 """For those who look at a host's processes: which run an agent, or a rank, belongs to."""
-T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
 _ASK_SECONDS, _KILL_SECONDS = 2.0, 3.0
@@ -30,11 +27,9 @@ _ASK_SECONDS, _KILL_SECONDS = 2.0, 3.0
 _NUM_GUARDS = 2
 _GUARD_SECONDS = 10.0
 """Between two looks at the guards."""
-_ASK_AGAIN_SECONDS, _PATIENCE_SECONDS = 3.0, 60.0
-"""A controller that is restarted, or has much to do, is asked again after the one, for the other."""
 _EXCLUDE_TRIES = 3
-# What SLURM will not take back, however often it is asked.
-_FOR_GOOD = ("denied", "disabled", "Invalid job id")
+# Words of an answer that stays the same however often SLURM is asked, in lower case.
+_FOR_GOOD = ("denied", "disabled", "not permitted", "invalid job id", "only batch jobs")
 
 
 class SlurmStep:
@@ -156,10 +151,9 @@ class SlurmBackend:
     async def requeue(self, *, without: Sequence[str], reason: str) -> bool:
         """Asks SLURM for another start of this very job, on other hosts. It may end this process at once.
 
-        False for a job that is being cancelled: SLURM would start that one again too. Raises RunError where SLURM says no, or
-        nothing for a minute.
+        False for a job that is being cancelled, since SLURM would start that one again too, and where SLURM refuses for good.
         """
-        if not await self._until_answered(self._requeue):
+        if not await self._unless_refused(self._requeue):
             return False
         if without:
             await self._exclude(without)
@@ -181,28 +175,25 @@ class SlurmBackend:
 
     async def is_preempted(self) -> bool:
         """Whether SLURM needs the hosts for others, or the time is over, or it has queued the job again already."""
-        try:
-            job = await self._until_answered(lambda: show_job(self._job_id, self._environ))
-        except RunError as error:
-            self._say(f"whether the job is preempted is not known: {error}")
-            return False
+        return await self._unless_refused(self._is_preempted)
+
+    async def _is_preempted(self) -> bool:
+        job = await show_job(self._job_id, self._environ)
         return job.is_preempted or self._is_requeued(job) or job.reason == "TimeLimit"
 
     def _is_requeued(self, job: JobInfo) -> bool:
         """Whether SLURM has decided so itself."""
         return job.restarts > self._restarts
 
-    async def _until_answered(self, ask: Callable[[], Awaitable[T]]) -> T:
-        """What `ask` returns, however slow the controller is at first: one answer that is missed must not end the job."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                return await ask()
-            except RunError as error:
-                if time.monotonic() >= deadline or any(words in str(error) for words in _FOR_GOOD):
-                    raise
-                self._say(f"{error}; asking again")
-                await asyncio.sleep(_ASK_AGAIN_SECONDS)
+    async def _unless_refused(self, ask: Callable[[], Awaitable[bool]]) -> bool:
+        """What `ask` returns; False where SLURM refuses for good, which is told. Any other RunError may be over soon."""
+        try:
+            return await ask()
+        except RunError as error:
+            if not any(words in str(error).lower() for words in _FOR_GOOD):
+                raise
+            self._say(f"SLURM refuses: {error}")
+            return False
 
     def _may_requeue(self) -> bool:
         if not self._slurm.requeue:

@@ -45,7 +45,3 @@ class FakeSlurm:
         """How the programs were called, in order."""
         lines = self._calls.read_text().splitlines() if self._calls.exists() else []
         return [line for line in lines if name is None or line.split()[0] == name]
-
-    def forget_calls(self) -> None:
-        """Of before."""
-        self._calls.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ _SECONDS = 60.0
 _SUPERVISOR = """
 import asyncio, dataclasses, json, os, sys, time
 from pathlib import Path
+from launcher.errors import RunError
 from launcher.jobs.backend import AgentsStart
 from launcher.jobs.backends.slurm import SlurmBackend
 from launcher.jobs.config import SlurmConfig
@@ -46,6 +47,14 @@ async def begin(head, number, hosts, each):
     agents = await backend.start(AgentsStart(hosts=hosts, agents_per_host=each, environ=environ, output=root / "agents.log"))
     return agents, attempt, list(await attempt.gather(40.0))
 
+async def until_answered(ask):
+    while True:
+        try:
+            return await ask()
+        except RunError as error:  # as where the SIGTERM of a requeue ends the program that has asked for it
+            print(error, flush=True)
+            await asyncio.sleep(1.0)
+
 async def main():
     async with Head(token="secret", silence_s=600.0, say=print) as head:
         answer(0, hosts=list(await backend.hosts()))
@@ -65,9 +74,10 @@ async def main():
                 await agents.end()
                 answer(number, seconds=time.monotonic() - began, code=await agents.wait())
             elif verb == "requeue":
-                answer(number, accepted=await backend.requeue(without=words[0], reason="hosts"))
+                requeue = lambda: backend.requeue(without=words[0], reason="hosts")
+                answer(number, accepted=await until_answered(requeue))
             elif verb == "preempted":
-                answer(number, is_preempted=await backend.is_preempted())
+                answer(number, is_preempted=await until_answered(backend.is_preempted))
 
 asyncio.run(main())
 """

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunError
-from launcher.jobs.backends import slurm
 from launcher.jobs.config import SlurmConfig
 from tests.launcher.jobs.backends.slurm_case import Case, run
 from tests.launcher.jobs.fake_slurm import FakeSlurm
@@ -67,41 +66,35 @@ def test_a_job_whose_time_is_over_does(fake_slurm: FakeSlurm, tmp_path: Path) ->
     assert fake_slurm.calls()[-1] == "scontrol requeue 7"
 
 
-_SILENT_AT_FIRST = """
-[ "$1" = {verb} ] && [ "$(grep -c "^scontrol {verb}" "$FAKE/calls")" -lt 3 ] && {{
-    echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1
-}}
-[ "$1" = requeue ] || cat "$FAKE/job"
-"""
+_FAILS = '[ "$1" = {verb} ] && {{ echo "slurm_load_jobs error: {words}" >&2; exit 1; }}; cat "$FAKE/job"'
 
 
-@pytest.mark.parametrize("verb", ["--oneliner", "requeue"])
-def test_a_controller_that_is_silent_at_first_is_asked_again(
-    fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+@pytest.mark.parametrize("words", ["Unable to contact slurm controller (connect failure)", "Socket timed out"])
+def test_a_controller_that_does_not_answer_is_to_be_asked_again(
+    fake_slurm: FakeSlurm, tmp_path: Path, words: str
 ) -> None:
-    monkeypatch.setattr(slurm, "_ASK_AGAIN_SECONDS", 0.0)
-    fake_slurm.job(PreemptTime="2026-11-23T11:01:12")
-    fake_slurm.program("scontrol", _SILENT_AT_FIRST.format(verb=verb))
+    """By the supervisor, for which that is an error."""
+    fake_slurm.job()
     case = Case(tmp_path)
-    if verb == "--oneliner":
-        assert run(case.backend.is_preempted())
-        fake_slurm.forget_calls()
-    assert run(case.backend.requeue(without=(), reason="preemption"))
-    assert fake_slurm.calls()[-1] == "scontrol requeue 7"
-    assert all(said.endswith("Unable to contact slurm controller; asking again") for said in case.said)
-    assert len(case.said) == (4 if verb == "--oneliner" else 2)
+    fake_slurm.program("scontrol", _FAILS.format(verb="--oneliner", words=words))
+    for ask in (case.backend.is_preempted(), case.backend.requeue(without=(), reason="preemption")):
+        with pytest.raises(RunError, match="job 7: "):
+            run(ask)
+    fake_slurm.program("scontrol", _FAILS.format(verb="requeue", words=words))
+    with pytest.raises(RunError, match="scontrol requeue 7: "):
+        run(case.backend.requeue(without=(), reason="preemption"))
+    assert case.said == []
 
 
-def test_slurm_has_taken_what_it_did_not_confirm(
-    fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(slurm, "_ASK_AGAIN_SECONDS", 0.0)
+def test_slurm_has_taken_what_it_did_not_confirm(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     fake_slurm.job()
     fake_slurm.program(
         "scontrol",
         'cat "$FAKE/job"; [ "$1" = requeue ] && { sed -i s/Restarts=0/Restarts=1/ "$FAKE/job"; exit 1; }; exit 0',
     )
     case = Case(tmp_path)
+    with pytest.raises(RunError):
+        run(case.backend.requeue(without=(), reason="preemption"))
     assert run(case.backend.requeue(without=(), reason="preemption"))
     assert fake_slurm.calls() == [
         "scontrol --oneliner show job 7",
@@ -132,12 +125,22 @@ def test_requeues_are_counted(
         assert f"slurm.max_requeues = {config.max_requeues}" in case.said[0]
 
 
-def test_slurm_says_no(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Access/permission denied",
+        "Requested operation is presently disabled",
+        "Operation not permitted on individual component of heterogeneous job",
+        "Only batch jobs are accepted or processed",
+    ],
+)
+def test_a_refusal_for_good_is_told_and_ends_the_matter(fake_slurm: FakeSlurm, tmp_path: Path, words: str) -> None:
     case = Case(tmp_path)
     fake_slurm.job()
-    fake_slurm.program("scontrol", '[ "$1" = requeue ] && { echo "Access denied" >&2; exit 1; }; cat "$FAKE/job"')
-    with pytest.raises(RunError, match="scontrol requeue 7: Access denied"):
-        run(case.backend.requeue(without=(), reason="hosts"))
+    fake_slurm.program("scontrol", _FAILS.format(verb="requeue", words=words))
+    assert not run(case.backend.requeue(without=("n2",), reason="hosts"))
+    assert case.said == [f"SLURM refuses: scontrol requeue 7: slurm_load_jobs error: {words}"]
+    assert fake_slurm.calls()[1:] == ["scontrol requeue 7"]
 
 
 def test_hosts_that_slurm_may_give_again_are_told(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
@@ -166,11 +169,8 @@ def test_who_wants_the_hosts_back(
     assert run(Case(tmp_path).backend.is_preempted()) is is_preempted
 
 
-def test_a_silent_controller_preempts_nobody(
-    fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(slurm, "_PATIENCE_SECONDS", 0.0)
-    fake_slurm.program("scontrol", "exit 1")
+def test_a_job_that_slurm_does_not_know_any_more_is_not_preempted(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    fake_slurm.program("scontrol", _FAILS.format(verb="--oneliner", words="Invalid job id specified"))
     case = Case(tmp_path)
     assert not run(case.backend.is_preempted())
-    assert "not known" in case.said[0]
+    assert case.said[0].startswith("SLURM refuses: job 7: ")
