@@ -33,6 +33,8 @@ class Timeline:
         """Within how many stretches of lost steps this is."""
         self._submitted = 0
         """When a job was, that has not begun since."""
+        self._launched = 0
+        """When the job that began last was submitted."""
         self._job_id: Any = None
         self._saved = 0
         """When a checkpoint was last complete."""
@@ -147,7 +149,10 @@ class Timeline:
             self._submitted = 0
 
     def _on_launch(self, at: int, event: Record) -> None:
-        self._submitted = self._submitted or microseconds(event.get("submitted"))
+        submitted = microseconds(event.get("submitted"))
+        if submitted != self._launched:  # else the job has begun before, and has not waited since it was submitted
+            self._submitted = self._submitted or submitted
+        self._launched = submitted
         self._wait_in_queue()
         job_id = event.get("job_id")
         if job_id is not None and job_id == self._job_id:

@@ -32,7 +32,7 @@ class JobRecord:
     job_id: str | None
     """Of SLURM. None elsewhere."""
     submitted: float
-    """Seconds since 1970."""
+    """Seconds since 1970. Of a script that somebody submits again without `mega launch`: when its supervisor began."""
     submitted_from: str
     """Host."""
     nodes: int

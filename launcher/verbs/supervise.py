@@ -105,7 +105,9 @@ def _note_job(folder: JobFolder, job_id: str) -> None:
         )
     elif record.job_id != job_id:
         earlier = record.earlier_job_ids + (() if record.job_id is None else (record.job_id,))
-        record = replace(record, job_id=job_id, earlier_job_ids=earlier)
+        # Of a job that `mega launch` has not submitted nobody here knows since when it has waited.
+        submitted = record.submitted if record.job_id is None else time.time()
+        record = replace(record, job_id=job_id, submitted=submitted, earlier_job_ids=earlier)
     else:
         return
     folder.write_record(record)

@@ -33,16 +33,18 @@ def test_the_supervisor_knows_its_job(
     mega: Mega, tiny: Path, queue: FakeSlurm, folder: JobFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may begin before `mega launch` has heard the job's number; and anybody may submit the script again."""
-    folder.write_record(job_record(job_id=None))
+    folder.write_record(job_record(job_id=None, submitted=1000.0))
     supervise._note_job(folder, "8")
     kept = folder.read_record()
     assert kept is not None
-    assert (kept.job_id, kept.earlier_job_ids) == ("8", ())
+    assert (kept.job_id, kept.submitted, kept.earlier_job_ids) == ("8", 1000.0, ())
+    began = time.time()
     supervise._note_job(folder, "9")
     supervise._note_job(folder, "9")
     kept = folder.read_record()
     assert kept is not None
     assert (kept.job_id, kept.earlier_job_ids) == ("9", ("8",))
+    assert kept.submitted >= began  # not that of job 8
     folder.forget_record()
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
     supervise._note_job(folder, "9")

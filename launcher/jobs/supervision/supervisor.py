@@ -113,6 +113,7 @@ class _Supervisor:
             "launch",
             backend=self._job.backend.name,
             job_id=None if record is None else record.job_id,
+            submitted=None if record is None else record.submitted,
             nodes=self._job.launch.nodes,
             host=self._state.host,
         )

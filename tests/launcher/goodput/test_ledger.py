@@ -217,6 +217,34 @@ def test_a_job_that_was_submitted_again_waits_in_the_queue(story: Story) -> None
     story.check(running=True, submitted=submitted)
 
 
+def test_each_job_of_a_run_has_waited_since_its_own_submission(story: Story) -> None:
+    for job_id in ("17", "18"):
+        story.launched(queued_s=40.0, job_id=job_id)
+        story.attempts()
+        story.loads()
+        story.trains(5)
+        story.stops()
+        story.passes(100.0, "stopped")
+    story.passes(50.0, "queued")
+    # What the record of the job has, which knows of the last one alone, adds nothing to the events of the others.
+    ledger = story.check(running=True, submitted=story.clock - 50.0)
+    assert ledger.spent["queued"] == pytest.approx(130e6, abs=1e4)
+
+
+def test_another_leader_of_a_job_without_a_queue_has_not_waited_in_one(story: Story) -> None:
+    story.launched(job_id=None)
+    submitted = story.clock
+    story.attempts()
+    story.loads()
+    story.trains(5)  # then the host that leads is lost
+    story.passes(20.0, "stopped")
+    story.event("launch", backend="torchrun", job_id=None, nodes=2, host="n2", submitted=submitted)
+    story.attempts()
+    story.loads()
+    story.trains(5)
+    story.check(running=True)
+
+
 def test_a_job_that_waits_while_the_run_trains_changes_nothing(story: Story) -> None:
     story.loads()
     story.trains(5)

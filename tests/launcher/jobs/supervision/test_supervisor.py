@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import RunError
+from launcher.jobs.job_record import JobRecord
 from launcher.jobs.supervision import ranks_watch
 from tests.launcher.jobs.made_up_hosts import MadeUpJob, is_running
 
@@ -55,6 +56,13 @@ def test_a_run_that_goes_well_is_told_from_launch_to_done(tmp_path: Path) -> Non
     assert all("hello from rank" in line for line in job.shown)
     assert (job.root / "logs" / "attempt-1" / "job.log").read_text().splitlines() == job.shown
     assert job.said[0] == f"attempt 1: 4 ranks on a, b; logs: {job.root / 'logs' / 'attempt-1'}"
+
+
+def test_a_launch_is_told_with_its_job_and_when_that_was_submitted(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["a"], "")
+    job.folder.write_record(JobRecord(backend="slurm", job_id="7", submitted=1000.5, submitted_from="login", nodes=1))
+    assert job.supervise().exit_code == 0
+    assert [(event["job_id"], event["submitted"]) for event in job.events("launch")] == [("7", 1000.5)]
 
 
 def test_a_terminal_that_is_gone_ends_nothing(tmp_path: Path) -> None:
