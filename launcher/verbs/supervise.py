@@ -22,7 +22,7 @@ from launcher.rank_process import stop_signals
 
 if TYPE_CHECKING:
     from launcher.jobs.job import Job, JobEnd
-    from launcher.jobs.job_record import JobFolder
+    from launcher.jobs.job_record import JobFolder, JobRecord
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")]
 
@@ -34,10 +34,10 @@ _LOOK_SECONDS = 1.0
 def supervise(out: Output, run: RunFolder) -> int:
     """Stand by a launched run until it has ended. The batch script of `mega launch --on slurm` becomes this itself."""
     with _stop_signals_held():
-        return _supervise(run, partial(_say, out))
+        return _supervise(run, say=partial(_say, out.say), warn=partial(_say, out.warn))
 
 
-def _supervise(run: Path, say: Callable[[str], None]) -> int:
+def _supervise(run: Path, *, say: Callable[[str], None], warn: Callable[[str], None]) -> int:
     from launcher.config import load_run_config
     from launcher.jobs.backends.slurm import SlurmBackend
     from launcher.jobs.job import Job
@@ -50,7 +50,7 @@ def _supervise(run: Path, say: Callable[[str], None]) -> int:
     config = load_run_config([folder.config]).config
     backend = SlurmBackend(os.environ, config.slurm, directory, say=say, device=config.run.device)
     with _locked(run, say):
-        _note_job(folder, os.environ["SLURM_JOB_ID"])
+        _note_job(folder, os.environ["SLURM_JOB_ID"], warn)
         job = Job(
             config_file=folder.config,
             config=config,
@@ -84,33 +84,42 @@ def _stop_signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _say(out: Output, text: str) -> None:
+def _say(write: Callable[[str], None], text: str) -> None:
     """A full disk, on which what is said here stands, ends no job."""
     with contextlib.suppress(OSError):
-        out.say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+        write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
 
-def _note_job(folder: JobFolder, job_id: str) -> None:
+def _note_job(folder: JobFolder, job_id: str, warn: Callable[[str], None]) -> None:
     """`mega launch` knows the job's number only when the job may have begun; and anybody may submit the script again."""
+    try:
+        record = folder.read_record()
+        noted = _with_job(record, job_id)
+        if noted != record:
+            folder.write_record(noted)
+    except OSError as error:  # a full disk ends no job
+        warn(f"{folder.root}: that this is job {job_id} cannot be written now ({error}); it goes on")
+
+
+def _with_job(record: JobRecord | None, job_id: str) -> JobRecord:
     from launcher.jobs.job_record import JobRecord
 
-    record = folder.read_record()
     if record is None:
-        record = JobRecord(
+        return JobRecord(
             backend="slurm",
             job_id=job_id,
             submitted=time.time(),
             submitted_from=socket.gethostname(),
             nodes=int(os.environ.get("SLURM_JOB_NUM_NODES", 1)),
         )
-    elif record.job_id != job_id:
-        earlier = record.earlier_job_ids + (() if record.job_id is None else (record.job_id,))
-        # Of a job that `mega launch` has not submitted nobody here knows since when it has waited.
-        submitted = record.submitted if record.job_id is None else time.time()
-        record = replace(record, job_id=job_id, submitted=submitted, earlier_job_ids=earlier)
-    else:
-        return
-    folder.write_record(record)
+    if record.job_id == job_id:
+        return record
+    if record.job_id is None:
+        return replace(record, job_id=job_id)
+    # `mega launch` has not submitted this one: nobody here knows since when it has waited.
+    return replace(
+        record, job_id=job_id, submitted=time.time(), earlier_job_ids=(*record.earlier_job_ids, record.job_id)
+    )
 
 
 @contextlib.contextmanager

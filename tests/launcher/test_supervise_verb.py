@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,23 +35,38 @@ def test_the_supervisor_knows_its_job(
 ) -> None:
     """It may begin before `mega launch` has heard the job's number; and anybody may submit the script again."""
     folder.write_record(job_record(job_id=None, submitted=1000.0))
-    supervise._note_job(folder, "8")
+    said: list[str] = []
+    supervise._note_job(folder, "8", said.append)
     kept = folder.read_record()
     assert kept is not None
     assert (kept.job_id, kept.submitted, kept.earlier_job_ids) == ("8", 1000.0, ())
     began = time.time()
-    supervise._note_job(folder, "9")
-    supervise._note_job(folder, "9")
+    supervise._note_job(folder, "9", said.append)
+    supervise._note_job(folder, "9", said.append)
     kept = folder.read_record()
     assert kept is not None
     assert (kept.job_id, kept.earlier_job_ids) == ("9", ("8",))
     assert kept.submitted >= began  # not that of job 8
     folder.forget_record()
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "4")
-    supervise._note_job(folder, "9")
+    supervise._note_job(folder, "9", said.append)
     kept = folder.read_record()
     assert kept is not None
     assert (kept.job_id, kept.nodes) == ("9", 4)
+    assert said == []
+
+
+def test_a_full_disk_that_does_not_take_the_job_ends_nothing(
+    folder: JobFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.write_record(job_record(job_id="8"))
+    (folder.root / f"job.{os.getpid()}.partial").symlink_to("/dev/full")
+    supervise._note_job(folder, "9", partial(supervise._say, Output(as_json=False).warn))
+    kept = folder.read_record()
+    assert kept is not None
+    assert kept.job_id == "8"
+    told = capsys.readouterr().err
+    assert "that this is job 9 cannot be written now ([Errno 28] No space left on device); it goes on\n" in told
 
 
 def test_a_start_waits_for_the_one_before(
@@ -137,7 +153,7 @@ def test_a_supervisor_that_is_told_to_end_while_it_waits_for_the_run(
 def test_a_full_disk_does_not_end_the_supervisor() -> None:
     full = Path("/dev/full").open("w")  # noqa: SIM115 - to close it fails too
     try:
-        supervise._say(Output(as_json=False, out=full), "attempt 1")
+        supervise._say(Output(as_json=False, out=full).say, "attempt 1")
     finally:
         with contextlib.suppress(OSError):
             full.close()
