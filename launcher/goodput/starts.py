@@ -40,9 +40,11 @@ class Failure:
     host: str | None
     message: str
     time: float
-    """When it was told, in seconds since 1970."""
+    """When it was told, in seconds since 1970: once nothing of the attempt ran any more."""
     happened: float | None
-    """When it happened, where that is known."""
+    """When it happened, in seconds since 1970: when a rank, a host or their starter ended, or a host that fell silent was heard
+    last; for a hang, when the step or validation before it ended. None where that is not known, as for a hang before an
+    attempt's first step."""
     train_again_s: float | None = None
     """From when it happened (was told, where that is not known) to the end of the first step after it."""
     lost_steps: int = 0
@@ -51,7 +53,8 @@ class Failure:
 
     @property
     def detect_s(self) -> float | None:
-        """From when it happened to when it was told."""
+        """From when it happened to when it was told. So it holds what the end of the attempt's other ranks took, and for a hang
+        the step in which it happened."""
         return None if self.happened is None else max(0.0, self.time - self.happened)
 
     def as_data(self) -> dict[str, Any]:

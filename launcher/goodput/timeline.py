@@ -36,6 +36,8 @@ class Timeline:
         self._launched = 0
         """When the job that began last was submitted."""
         self._job_id: Any = None
+        self._worked = 0
+        """When this start's last step or validation ended; 0 before its first."""
         self._saved = 0
         """When a checkpoint was last complete."""
         self._first_compute: int | None = None
@@ -72,6 +74,8 @@ class Timeline:
             self._until(at)
             if change > 0:
                 self.history.train_again(at)
+            else:
+                self._worked = at
         self._losing += change
 
     def on_metrics(self, at: int, line: Record) -> None:
@@ -92,6 +96,7 @@ class Timeline:
             self.history.step(end, int(line["step"]))
         else:
             account.take(whole - data, self._ground)
+        self._worked = end
 
     def close(self, now: int | None) -> None:
         """The end of the records; `now` where the run still goes on."""
@@ -198,6 +203,7 @@ class Timeline:
             self.history.begin(at)
         self._until(at, "building")
         self._settle_first_step()
+        self._worked = 0
         self.history.train()
         if self._losing:  # all steps of this start were lost later, and tell of themselves no more
             self.history.train_again(at)
@@ -238,7 +244,7 @@ class Timeline:
             self._phase = "restarts"
         self._until(at)
         self._phase = "restarts"
-        happened = microseconds(event.get("at"))
+        happened = microseconds(event.get("at")) or self._hung_since(event)
         self.history.fail(
             Failure(
                 attempt=event.get("attempt"),
@@ -250,6 +256,11 @@ class Timeline:
                 happened=happened / 1e6 if happened else None,
             )
         )
+
+    def _hung_since(self, event: Record) -> int:
+        """0 where that is not known, or it is no hang."""
+        # Within a stretch of lost steps nothing tells where this start's own steps ended.
+        return self._worked if event.get("kind") == "hang" and not self._losing else 0
 
     def _on_requeue(self, at: int, event: Record) -> None:
         if self._phase == "steps":

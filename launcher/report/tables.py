@@ -150,7 +150,7 @@ def failures_table(ledger: Ledger | None) -> Table | None:
         )
         for failure in (ledger.failures if ledger is not None else ())[-MOST_ROWS:]
     )
-    head = ("attempt", "when", "kind", "seen after", "training after", "steps lost", "which took", "what")
+    head = ("attempt", "when", "kind", "told after", "training after", "steps lost", "which took", "what")
     return Table(head=head, rows=rows, numeric=frozenset({0, 3, 4, 5, 6})) if rows else None
 
 

@@ -104,7 +104,7 @@ class AttemptRun:
                 failure = replace(of_starter(starter.result(), words, blamed, at=time.time()), has_begun=False)
             elif (lost := await _lost_before_start(attempt)) is not None:
                 scene = Scene(num_ranks=self._num_ranks, logs=self._directory, step=None, doing={})
-                failure = of_lost_host(lost, scene)
+                failure = of_lost_host(lost, scene, silence_s=self._job.launch.lost_host_seconds)
             else:
                 failure = of_absence(come.result(), self._hosts, seconds=timeout_s, words=words)
             return AttemptEnd(outcome="failed", failure=failure)

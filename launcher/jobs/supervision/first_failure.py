@@ -59,7 +59,11 @@ def first_failure(
     is lost, and a starter that has ended, explain themselves. A host that fell silent did so `silence_s` before it was lost.
     """
     found = [(earliness(end), _of_rank(end, scene)) for end in failures(ended)]
-    found += [((False, False, _lost_since(host, silence_s)), of_lost_host(host, scene)) for host in lost if host.ranks]
+    found += [
+        ((False, False, _lost_since(host, silence_s)), of_lost_host(host, scene, silence_s=silence_s))
+        for host in lost
+        if host.ranks
+    ]
     if starter is not None:
         found.append(((False, False, starter.at), of_starter(starter.code, starter.words, (), at=starter.at)))
     return min(found, key=lambda each: each[0], default=(None, None))[1]
@@ -153,13 +157,13 @@ def _of_rank(end: RankEnded, scene: Scene) -> Failure:
     )
 
 
-def of_lost_host(lost: HostLost, scene: Scene) -> Failure:
-    """A host whose agent is gone."""
+def of_lost_host(lost: HostLost, scene: Scene, *, silence_s: float) -> Failure:
+    """A host whose agent is gone. One that fell silent did so `silence_s` before it was given up."""
     seen = next((rank for rank in lost.ranks if scene.doing.get(rank)), None)
     return Failure(
         kind="host_lost",
         message=f"host {lost.host} was lost: {lost.why}{scene.when(seen)}",
-        at=lost.at,
+        at=_lost_since(lost, silence_s),
         host=lost.host,
         last_collective=None if seen is None else scene.doing[seen],
         step=scene.step,

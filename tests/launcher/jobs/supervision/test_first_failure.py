@@ -176,5 +176,6 @@ def test_when_it_happened_is_told() -> None:
     record = FailureRecord(at=99.5, message="the disk is full", exit_code=1, traceback="")
     assert _first(replace(_ended(3, 1, at=101.5), record=record)).as_event()["at"] == 99.5
     assert _first(_lost("n2", at=98.5)).at == 98.5
+    assert _first(_lost("n2", at=98.5, silent=True)).at == 98.5 - _SILENCE_S
     assert of_preflight({}, at=96.5).at == 96.5
     assert _first(starter=StarterEnd(at=97.5, code=1, words="")).at == 97.5
