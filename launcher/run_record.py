@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import BaseModel
 
 from launcher.config import RunConfig, load_run_config, resolved_toml
 from launcher.config_loading import LoadedConfig
@@ -35,7 +36,12 @@ def changes_to_run(loaded: LoadedConfig[RunConfig]) -> list[str]:
     earlier = _flat(_last_config(directory)) if directory.config.exists() else {}
     now = _flat(tomllib.loads(resolved_toml(config)))
     keys = dict.fromkeys((*now, *earlier)) if earlier else {}
-    changes = {key: (earlier.get(key), now.get(key)) for key in keys if earlier.get(key) != now.get(key)}
+    changes = {
+        key: (earlier.get(key), now.get(key))
+        for key in keys
+        # A key that came with an upgrade, and that nobody has set, changes nothing.
+        if earlier.get(key) != now.get(key) and not (key not in earlier and _is_default(config, key, earlier))
+    }
     settled = [key for key in changes if _within(key, _SETTLED) and not _within(key, _FREE)]
     if settled and any(directory.checkpoints.glob("step-*")):
         problems = tuple(f"{_source(loaded, key)}: {_describe(key, *changes[key])}" for key in settled)
@@ -139,6 +145,19 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
                 yield f"{path}{key}", value
 
     return dict(leaves(table, prefix))
+
+
+def _is_default(config: BaseModel, key: str, earlier: Mapping[str, Any]) -> bool:
+    *sections, name = key.split(".")
+    at: Any = config
+    for depth, section in enumerate(sections, start=1):
+        default = type(at).model_fields[section].get_default(call_default_factory=True)
+        at = getattr(at, section)
+        # A section that may be absent, and was, is more than the defaults of its keys.
+        was_there = any(_within(known, (".".join(sections[:depth]),)) for known in earlier)
+        if not isinstance(at, BaseModel) or not (was_there or default == at):
+            return False
+    return bool(getattr(at, name) == type(at).model_fields[name].get_default(call_default_factory=True))
 
 
 def _within(key: str, prefixes: tuple[str, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""What the supervisor of a job needs of whoever starts processes on hosts: this machine, SLURM, MPI."""
+"""What the supervisor of a job needs of whoever starts processes on hosts: this machine, torchrun, SLURM, MPI."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """local, slurm, mpi."""
+        """local, torchrun, slurm or mpi."""
         ...
 
     @property
@@ -50,7 +50,8 @@ class Backend(Protocol):
 
     @property
     def is_restart(self) -> bool:
-        """Whether the scheduler has started this very job before. False where it has none."""
+        """Whether this very job was under way before, and goes on without its user: its scheduler has started it again, or
+        another host has taken it over."""
         ...
 
     async def hosts(self) -> Sequence[str]:

@@ -86,7 +86,7 @@ class RunDirectory:
         append_line(self.metrics, {"time": time.time(), **record})
 
     def append_event(self, event: str, **details: Any) -> None:
-        """What happened to the run (start, resume, save, skip, stop, end), with the time in seconds since 1970."""
+        """What happened to the run (start, resume, checkpoint, skip, stop, end), with the time in seconds since 1970."""
         append_line(self.events, {"time": time.time(), "event": event, **details})
 
 

@@ -64,6 +64,28 @@ def test_without_checkpoints_anything_may_change() -> None:
     assert changes_to_run(load("model.num_layers=3")) == ["model.num_layers = 3, but was 2"]
 
 
+def test_keys_that_an_upgrade_brings_change_nothing_unless_they_are_set() -> None:
+    record_config(load().config)
+    with_checkpoint()
+    file = Path("runs/run/config.toml")
+    new = ("init_std = ", "requeue = ", "max_requeues = ", "hang_seconds = ", "nodes = ")
+    lines = file.read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(new)]
+    assert len(kept) == len(lines) - len(new)
+    file.write_text("\n".join(kept))
+    assert changes_to_run(load()) == []
+    assert changes_to_run(load("slurm.max_requeues=3")) == ["slurm.max_requeues = 3, but was not set"]
+
+
+def test_a_section_that_was_not_there_is_a_change_though_its_keys_are_at_their_defaults() -> None:
+    def dense(*overrides: str) -> LoadedConfig[RunConfig]:
+        return load_run_config((), ("model.preset=dense-7m", *overrides))
+
+    record_config(dense().config)
+    experts = ("model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.d_ff=16")
+    assert 'model.moe.router_score = "softmax", but was not set' in changes_to_run(dense(*experts))
+
+
 @pytest.mark.parametrize("content", [b"[run\n", b"\xff\xfe"])
 def test_a_damaged_configuration_is_told_with_its_mend(content: bytes) -> None:
     record_config(load().config)

@@ -69,7 +69,7 @@ class Callback:
         """After each validation, whose figures belong to the weights after `step`."""
 
     def on_event(self, event: str, **details: object) -> None:
-        """Something that does not happen each step: notice, resume, save, corrupt, skip, stop, end."""
+        """Something that does not happen each step: notice, resume, checkpoint, corrupt, skip, stop, end."""
 
     def close(self) -> None:
         """The run is over, whatever the reason."""
