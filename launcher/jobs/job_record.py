@@ -75,6 +75,8 @@ class JobFolder:
         """The configuration as it was submitted: what is changed later in the user's files changes no queued job."""
         self.script = self.root / "job.sh"
         self.output = self.root / "supervisor.log"
+        self.end = self.root / "end"
+        """torchrun: the exit code of a job that has ended, for hosts that cannot hear it any more."""
         self._record = self.root / "job.json"
         self._state = self.root / "state.json"
         self._cancel = self.root / "cancel"

@@ -15,6 +15,7 @@ import typer
 
 from launcher.errors import RunError
 from launcher.output import Output
+from launcher.rank_process import EXIT_STOPPED
 from launcher.verbs.generate import Run
 
 if TYPE_CHECKING:
@@ -120,6 +121,8 @@ def _process(folder: JobFolder, record: JobRecord, state: SupervisorState | None
         os.kill(state.pid, signal.SIGKILL if now else signal.SIGTERM)
     if now:  # it cannot say so itself; its ranks end when they have lost it
         _note_end(folder, "cancelled at once")
+        if record.backend == "torchrun":  # else its other hosts would go on, or wait for it
+            folder.end.write_text(f"{EXIT_STOPPED}\n", encoding="utf-8")
         return _Done(
             action="killed", sentence=f"Process {state.pid} is killed, and its ranks end; the last checkpoint stays."
         )

@@ -192,6 +192,16 @@ def test_a_supervisor_of_this_host_that_must_end_now(
     assert (state.state, state.cause) == ("failed", "cancelled at once")
 
 
+@pytest.mark.parametrize(("backend", "end"), [("torchrun", "75"), ("local", None)])
+def test_who_takes_part_in_a_job_that_must_end_now_is_told(
+    mega: Mega, folder: JobFolder, supervisor: subprocess.Popen[str], backend: str, end: str | None
+) -> None:
+    launched(folder, job_id=None, backend=backend)
+    assert mega("cancel", "big", "--now").code == 0
+    assert supervisor.wait(timeout=30) == -signal.SIGKILL
+    assert (folder.end.read_text().strip() if folder.end.exists() else None) == end
+
+
 def test_somebody_elses_process_is_left_alone(mega: Mega, folder: JobFolder) -> None:
     launched(folder, job_id=None, backend="local")
     with subprocess.Popen(["sleep", "1000"]) as other:

@@ -43,14 +43,14 @@ async def supervise(job: Job, *, stop: StopAsked | None = None) -> JobEnd:
     main thread, by the process that holds the run's lock. Nothing of the job runs any more when it returns or raises, as far
     as hosts can be reached."""
     job = replace(job, say=partial(_say_if_read, job.say))
-    state = await asyncio.to_thread(first_state, job)
-    journal = Journal(job.run, state, say=job.say)
+    first = await asyncio.to_thread(first_state, job)
+    journal = Journal(job.run, first.state, say=job.say)
     hearing = StopAsked(job.say) if stop is None else contextlib.nullcontext(stop)
     with contextlib.closing(journal), hearing as stop:
         alive = asyncio.ensure_future(journal.keep_alive())
         try:
             async with Head(token=secrets.token_hex(16), silence_s=job.launch.lost_host_seconds, say=job.say) as head:
-                return await _Supervisor(job, head, journal, stop).run()
+                return await _Supervisor(job, head, journal, stop).run(first.loss)
         except Exception as error:
             await journal.update(state="failed", cause=f"the supervisor itself failed: {error}", hosts=())
             raise
@@ -80,8 +80,10 @@ class _Supervisor:
     def _state(self) -> SupervisorState:
         return self._journal.state
 
-    async def run(self) -> JobEnd:
-        """Attempt after attempt."""
+    async def run(self, loss: Failure | None) -> JobEnd:
+        """Attempt after attempt. `loss`: of the supervisor before, from which this one takes over."""
+        if loss is not None:
+            await self._journal.event("failure", attempt=self._state.attempt, **loss.as_event())
         await self._begin()
         if await self._is_cancelled():  # while it was queued
             return await self._end_stopped(AttemptEnd(outcome="stopped"), "cancel")

@@ -20,7 +20,6 @@ class TorchrunBackend:
 
     name = "torchrun"
     task_per_rank = False
-    is_restart = False
 
     def __init__(
         self,
@@ -31,12 +30,15 @@ class TorchrunBackend:
         fewest: int,
         settle_s: float,
         patience_s: float,
+        goes_on: bool,
         stop: StopAsked,
         say: Callable[[str], None],
     ) -> None:
         """`nodes` hosts are waited for at first, for `settle_s`; then the `fewest` that will do, up to `patience_s` in all.
-        `listed`: of the hostfile; empty where the names of hosts show only when they come.
+        `listed`: of the hostfile; empty where the names of hosts show only when they come. `goes_on`: whether the job was under
+        way before.
         """
+        self.is_restart = goes_on
         self._meeting = meeting
         self._known = dict.fromkeys(listed)
         self._nodes = nodes

@@ -91,6 +91,7 @@ class Node:
                 if self._stop.signal is not None:
                     return EXIT_STOPPED
                 if (code := self._read_end()) is not None:
+                    self._say(f"the job has ended, with exit code {code}")
                     return code
                 code = await (self._try_to_lead() if leader is None else self._follow(leader))
                 if code is not None:

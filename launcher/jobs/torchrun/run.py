@@ -70,6 +70,7 @@ async def _run(
             fewest=launch.fewest_nodes,
             settle_s=_SETTLE_S if goes_on else launch.start_timeout_seconds,
             patience_s=launch.wait_for_hosts_seconds if goes_on else launch.start_timeout_seconds,
+            goes_on=goes_on,
             stop=stop,
             say=say,
         )
@@ -90,7 +91,7 @@ async def _run(
             plan.config.launch,
             token=shared_token(folder.root),
             run_folder=plan.run.root,
-            end_file=folder.root / "end",
+            end_file=folder.end,
             environ=environ,
             stop=stop,
             lead=lead,

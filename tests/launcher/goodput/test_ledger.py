@@ -236,13 +236,32 @@ def test_another_leader_of_a_job_without_a_queue_has_not_waited_in_one(story: St
     submitted = story.clock
     story.attempts()
     story.loads()
-    story.trains(5)  # then the host that leads is lost
+    story.trains(5)  # then somebody ends all hosts
     story.passes(20.0, "stopped")
     story.event("launch", backend="torchrun", job_id=None, nodes=2, host="n2", submitted=submitted)
     story.attempts()
     story.loads()
     story.trains(5)
     story.check(running=True)
+
+
+@pytest.mark.parametrize("job_id", [None, "17"])
+def test_the_loss_of_a_supervisor_is_told_by_the_one_that_takes_over(story: Story, job_id: str | None) -> None:
+    story.launched(job_id=job_id)
+    submitted = story.clock
+    story.attempts()
+    story.loads()
+    story.trains(5)
+    heard = story.clock
+    story.fails(after_s=20.0, kind="host_lost", at=heard, host="n1", message="the supervisor of attempt 1 was lost")
+    story.event("launch", backend="torchrun", job_id=job_id, nodes=2, host="n2", submitted=submitted)
+    story.attempts()
+    story.loads()
+    story.trains(5)
+    ledger = story.check(running=True)
+    (failure,) = ledger.failures
+    assert (failure.kind, failure.host, failure.detect_s) == ("host_lost", "n1", pytest.approx(20.0))
+    assert ledger.starts[0].ending == "the supervisor of attempt 1 was lost"
 
 
 def test_a_job_that_waits_while_the_run_trains_changes_nothing(story: Story) -> None:

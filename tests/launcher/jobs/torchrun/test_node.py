@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -104,6 +105,7 @@ class Hosts:
             fewest=nodes,
             settle_s=20.0,
             patience_s=20.0,
+            goes_on=False,
             stop=self.stops["h0"],
             say=self.said.append,
         )
@@ -305,7 +307,8 @@ def test_strangers_are_hung_up_on(hosts: Hosts, words: bytes) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", hosts.port)
         writer.write(words)
         writer.write_eof()
-        assert await reader.read() == b""
+        with contextlib.suppress(ConnectionError):  # more than was read
+            assert await reader.read() == b""
         writer.close()
         return JobEnd(exit_code=0)
 
