@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from launcher.jobs.job_record import JobFolder, SupervisorState
 from megamodel.train.run_directory import RunDirectory
@@ -83,6 +84,16 @@ def figures_of(directory: RunDirectory) -> LaunchedFigures:
     """(step, tokens up to it, loss, gradient norm) of each step, as metrics.jsonl has them."""
     lines = directory.read_metrics()
     return [(line["step"], line["tokens"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+def assert_equal_figures(given: LaunchedFigures, whole: LaunchedFigures, *, same_layout: bool) -> None:
+    """The same steps and samples; losses and gradient norms to the last bit, or on another layout to 1e-5."""
+    if same_layout:
+        assert given == whole
+        return
+    assert [line[:2] for line in given] == [line[:2] for line in whole]
+    for mine, undisturbed in zip(given, whole):
+        assert mine[2:] == pytest.approx(undisturbed[2:], abs=1e-5, rel=1e-5)
 
 
 @dataclass

@@ -30,6 +30,8 @@ class Harm:
     """Seconds since 1970."""
     host: str | None = None
     """Where, if it was one host that was harmed."""
+    rank: int | None = None
+    """Who, if it was one rank that was harmed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +42,21 @@ class Scenario:
     """Waits for its moment, then does the harm, and mends what only a person could mend."""
     failures: Sequence[str] = ()
     """Kinds of `failure` events of which the first must be one, on the host that was harmed; none: nothing may fail."""
+    signal: str | None = None
+    """What the first failure must name as the signal that ended the rank."""
+    in_collective: bool = False
+    """Whether the first failure must name the collective that the ranks were in."""
     requeues: Sequence[str] = ()
-    """Reasons of the requeues that must be, in order."""
+    """Reasons of the launcher's own requeues that must be, in order."""
+    starts: int = 1
+    """How often SLURM must have started the job."""
     settings: tuple[str, ...] = ()
     small_disk: bool = False
     """The run is written to a disk of its own, which can be filled."""
     restarts: range = range(1, 3)
     """How many; one, or two where a busy machine seems to have lost a host besides."""
+    same_layout: bool = True
+    """Whether it ends with as many ranks as it began with: then the last bit of every figure must be the same."""
     most_lost: int = EVERY_STEPS
     """Steps. Who is killed in a save loses what was trained since the checkpoint before it."""
 
@@ -56,7 +66,7 @@ def _kill_rank_in_a_step(run: LaunchedRun) -> Harm:
     host = _host(run, 2)
     harmed_at = time.time()
     run.ranks()[2].kill()
-    return Harm(at=harmed_at, host=host)
+    return Harm(at=harmed_at, host=host, rank=2)
 
 
 def _kill_rank_in_a_collective(run: LaunchedRun) -> Harm:
@@ -68,7 +78,7 @@ def _kill_rank_in_a_collective(run: LaunchedRun) -> Harm:
     ranks[2].kill()
     with contextlib.suppress(psutil.NoSuchProcess):
         ranks[1].resume()
-    return Harm(at=harmed_at, host=host)
+    return Harm(at=harmed_at, host=host, rank=2)
 
 
 def _kill_rank_in_a_save(run: LaunchedRun) -> Harm:
@@ -77,7 +87,7 @@ def _kill_rank_in_a_save(run: LaunchedRun) -> Harm:
     run.wait_until(lambda: any(run.directory.checkpoints.glob(".partial-*")), what="a save")
     harmed_at = time.time()
     ranks[0].kill()
-    return Harm(at=harmed_at, host=host)
+    return Harm(at=harmed_at, host=host, rank=0)
 
 
 def _kill_agent(run: LaunchedRun) -> Harm:
@@ -110,7 +120,7 @@ def _stop_rank(run: LaunchedRun) -> Harm:
     host = _host(run, 1)
     harmed_at = time.time()
     run.ranks()[1].suspend()
-    return Harm(at=harmed_at, host=host)
+    return Harm(at=harmed_at, host=host, rank=1)
 
 
 def _link_down(seconds: float) -> Callable[[LaunchedRun], Harm]:
@@ -182,7 +192,7 @@ def _corrupt_newest_checkpoint(run: LaunchedRun) -> Harm:
         file.write(b"harmed")
     harmed_at = time.time()
     ranks[3].kill()
-    return Harm(at=harmed_at, host=host)
+    return Harm(at=harmed_at, host=host, rank=3)
 
 
 def _host(run: LaunchedRun, rank: int) -> str:
@@ -192,20 +202,30 @@ def _host(run: LaunchedRun, rank: int) -> str:
 
 
 SCENARIOS: dict[str, Scenario] = {
-    "rank killed in a step": Scenario(inject=_kill_rank_in_a_step, failures=("signal",)),
-    "rank killed in a collective": Scenario(inject=_kill_rank_in_a_collective, failures=("signal",)),
-    "rank killed in a save": Scenario(inject=_kill_rank_in_a_save, failures=("signal",), most_lost=2 * EVERY_STEPS),
+    "rank killed in a step": Scenario(inject=_kill_rank_in_a_step, failures=("signal",), signal="SIGKILL"),
+    "rank killed in a collective": Scenario(
+        inject=_kill_rank_in_a_collective, failures=("signal",), signal="SIGKILL", in_collective=True
+    ),
+    "rank killed in a save": Scenario(
+        inject=_kill_rank_in_a_save, failures=("signal",), signal="SIGKILL", most_lost=2 * EVERY_STEPS
+    ),
     "agent killed": Scenario(inject=_kill_agent, failures=("host_lost",)),
     "host lost": Scenario(inject=_lose_host, failures=("host_lost",), settings=("slurm.nodes=5",)),
-    "rendezvous host lost": Scenario(inject=_lose_rendezvous_host, requeues=("host_lost",)),
-    "rank stopped": Scenario(inject=_stop_rank, failures=("hang",)),
+    "host lost without a spare": Scenario(
+        inject=_lose_host, failures=("host_lost",), settings=("launch.min_nodes=2",), same_layout=False
+    ),
+    "rendezvous host lost": Scenario(inject=_lose_rendezvous_host, requeues=("host_lost",), starts=2),
+    "rank stopped": Scenario(inject=_stop_rank, failures=("hang",), in_collective=True),
     "link down for 5 s": Scenario(inject=_link_down(5.0), failures=("hang", "host_lost"), restarts=range(2)),
     "link down for 60 s": Scenario(inject=_link_down(60.0), failures=("hang", "host_lost"), restarts=range(1, 4)),
-    "preemption": Scenario(inject=_preempt, requeues=("preemption",)),
+    "preemption": Scenario(inject=_preempt, requeues=("preemption",), starts=2),
     "time limit": Scenario(
-        inject=_reach_time_limit, requeues=("time_limit",), settings=("slurm.time=1", "slurm.signal_seconds=35")
+        inject=_reach_time_limit,
+        requeues=("time_limit",),
+        settings=("slurm.time=1", "slurm.signal_seconds=35"),
+        starts=2,
     ),
-    "requeue by the admin": Scenario(inject=_requeue),
+    "requeue by the admin": Scenario(inject=_requeue, starts=2),
     "disk full in a save": Scenario(
         inject=_fill_disk,
         failures=("exception", "exit"),
@@ -215,7 +235,7 @@ SCENARIOS: dict[str, Scenario] = {
         most_lost=2 * EVERY_STEPS,
     ),
     "newest checkpoint corrupt": Scenario(
-        inject=_corrupt_newest_checkpoint, failures=("signal",), most_lost=2 * EVERY_STEPS
+        inject=_corrupt_newest_checkpoint, failures=("signal",), signal="SIGKILL", most_lost=2 * EVERY_STEPS
     ),
 }
 

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,11 +18,12 @@ from tests.system.slurm.launched import (
     STEPS,
     LaunchedFigures,
     LaunchedRun,
+    assert_equal_figures,
     figures_of,
     undisturbed,
     write_run_files,
 )
-from tests.system.slurm.scenarios import SCENARIOS, Scenario, mend, small_disk
+from tests.system.slurm.scenarios import SCENARIOS, Harm, Scenario, mend, small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -109,27 +111,34 @@ def test_after_a_fault_the_run_computes_the_same(
 ) -> None:
     scenario = SCENARIOS[name]
     run = _run_of(scenario, name, slurm, root, disk)
-    run.launch()
+    job = run.launch()
     harm = scenario.inject(run)
     run.finish()
-    # Every step once, with every sample: tokens, losses and gradient norms to the last bit.
-    assert run.figures() == whole
+    # Every step once, with every sample.
+    assert_equal_figures(run.figures(), whole, same_layout=scenario.same_layout)
     run.wait_until_nothing_is_left()
     state = run.state()
     assert state is not None
     failures = run.events("failure")
-    if not scenario.failures:
-        assert failures == []
-    else:
+    if scenario.failures:
         assert state.restarts in scenario.restarts
-    if failures:
-        first = failures[0]
-        assert first["kind"] in scenario.failures, first
-        assert harm.host is None or first["host"] == harm.host, (harm, first)
+        _assert_names_the_cause(failures[0], scenario, harm)
+    elif not scenario.requeues:
+        assert failures == []
     requeues = [event["reason"] for event in run.events("requeue")]
     assert requeues == list(scenario.requeues) or not scenario.requeues, requeues
+    assert len(run.events("launch")) == scenario.starts
+    assert slurm.job(job)["Restarts"] == str(scenario.starts - 1)
     for lost in run.events("rollback"):
         assert lost["lost_steps"] <= scenario.most_lost, lost
+
+
+def _assert_names_the_cause(failure: dict[str, Any], scenario: Scenario, harm: Harm) -> None:
+    assert failure["kind"] in scenario.failures, failure
+    assert harm.host is None or failure["host"] == harm.host, (harm, failure)
+    assert harm.rank is None or failure["rank"] == harm.rank, (harm, failure)
+    assert scenario.signal is None or scenario.signal in failure["message"], failure
+    assert not scenario.in_collective or failure["last_collective"], failure
 
 
 def _run_of(scenario: Scenario, name: str, slurm: SlurmOfHosts, root: Path, disk: Path) -> LaunchedRun:
