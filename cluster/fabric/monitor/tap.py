@@ -48,8 +48,9 @@ _CALL_S = 100e-6
 """What timing one collective costs, most of it unseen from here: gloo's thread must get Python's lock to write the end
 down, and the caller it wakes wants the same lock. Measured beside small all-reduces of two ranks (torch 2.13, 2 cores under
 load): 20 to 340 us."""
-_LATE_END_S = 0.02
-"""How long `stop` waits for ends that are due: four times as long as a thread may hold Python's lock while others want it."""
+_LATE_END_S = 0.5
+"""How long `stop` waits for ends that are due. They are told as soon as gloo's threads have a core and Python's lock."""
+_YIELD_S = 50e-6
 
 
 @dataclass(kw_only=True)
@@ -64,7 +65,7 @@ class _Page:
     unseen: dict[int, Record] = field(default_factory=dict)
     """Issued, and nobody has waited for it where it could be seen (torch's reducer waits in C++)."""
     ends_due: dict[int, tuple[Any, Record]] = field(default_factory=dict)
-    """By identity of a Work whose future has not told its end yet."""
+    """By identity of a Work: its future, as long as that has not told its end."""
     cost_s: float = 0.0
 
 
@@ -162,7 +163,7 @@ def _watch_end(work: Any, record: Record, page: _Page) -> None:
     except RuntimeError:
         return
     key = id(work)
-    page.ends_due[key] = (work, record)
+    page.ends_due[key] = (future, record)
 
     def ended(_: Any) -> None:
         record.seconds = perf_counter() - record.started
@@ -226,12 +227,12 @@ def _waited(page: _Page, record: Record, started: float) -> None:
 
 
 def _await_ends_due(page: _Page) -> None:
-    """A Work completes before gloo's thread gets Python's lock to say so here: those complete are given the lock, for a
-    while."""
+    """A future is done, and wakes who waits for it in C++, before gloo's thread gets Python's lock to say so here; its Work
+    completes only after that. Where one is done, the thread gets the lock."""
     deadline = perf_counter() + _LATE_END_S
-    for work, record in list(page.ends_due.values()):
-        while record.seconds is None and work.is_completed() and perf_counter() < deadline:
-            sleep(0)
+    for future, record in list(page.ends_due.values()):
+        while record.seconds is None and future.done() and perf_counter() < deadline:
+            sleep(_YIELD_S)
 
 
 def _count_unseen_waits(page: _Page) -> None:

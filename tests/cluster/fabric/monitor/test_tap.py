@@ -17,7 +17,8 @@ from cluster.fabric.monitor.tap import CollectiveTap
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 
-LATE_S = 0.2
+LATE_S = 1.0
+"""Long against what a busy machine may hold a rank up."""
 
 
 def _plain(world: World) -> Any:
@@ -106,7 +107,7 @@ def test_the_late_rank_has_the_shortest_duration_whoever_issues(
     (punctual, _, _), (late, _, _) = answers
     waited = punctual[0].seconds - late[0].seconds  # type: ignore[operator]
     assert waited > 0.5 * LATE_S
-    assert punctual[0].waited_s > 0.5 * LATE_S > late[0].waited_s
+    assert punctual[0].waited_s - late[0].waited_s > 0.5 * LATE_S
 
 
 def test_what_the_reducer_waits_for_in_native_code_is_seen_too(gloo_ranks: GlooPool) -> None:
@@ -119,19 +120,19 @@ def test_what_the_reducer_waits_for_in_native_code_is_seen_too(gloo_ranks: GlooP
 
 
 def test_an_end_that_is_due_is_waited_for() -> None:
-    class Complete:
-        """A Work that gloo's thread has completed; its callback runs as soon as others let it."""
+    class Done:
+        """A future that gloo's thread has completed; its callback runs as soon as others let it."""
 
         asked = 0
 
-        def is_completed(self) -> bool:
+        def done(self) -> bool:
             self.asked += 1
             if self.asked == 3:
                 record.seconds = 0.25
             return True
 
     record = Record(group="0", kind="all_reduce", num_bytes=4, started=1.0)
-    page = tap_module._Page(unseen={id(record): record}, ends_due={1: (Complete(), record)})
+    page = tap_module._Page(unseen={id(record): record}, ends_due={1: (Done(), record)})
     tap_module._await_ends_due(page)
     tap_module._count_unseen_waits(page)
     assert record.waited_s == 0.25
