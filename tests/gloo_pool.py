@@ -28,6 +28,8 @@ MAX_RANKS = 8
 _GRACE_SECONDS = 5.0
 """How long the other ranks may go on after one has failed: they may be about to fail with something to say."""
 _START_SECONDS = 120.0
+_STACKS_SECONDS = 10.0
+_STACKS_SIGNAL = signal.SIGRTMIN + 5  # not SIGUSR1: a rank that trains has a handler of its own for that
 
 
 class RankFailureError(AssertionError):
@@ -71,7 +73,7 @@ class GlooPool:
         self._workers: list[_Worker] = []
         self._directory = tempfile.TemporaryDirectory(prefix="gloo-pool-")
 
-    def __call__(self, num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    def __call__(self, num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 120.0) -> list[Any]:
         from torch.distributed import TCPStore
 
         if not 1 <= num_ranks <= MAX_RANKS:
@@ -130,8 +132,8 @@ class GlooPool:
                     died.append(rank)
                 if answers[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
-        for rank in waiting.values():
-            answers[rank] = _Answer(failure=f"did not end in time; it was here:\n{self._stacks_of(rank)}")
+        for rank, stacks in self._last_stacks(list(waiting.values())).items():
+            answers[rank] = _Answer(failure=f"did not end in time; it was here:\n{stacks}")
         failures = {rank: answer.failure for rank, answer in sorted(answers.items()) if answer.failure is not None}
         if waiting or died:
             self.close()
@@ -140,14 +142,16 @@ class GlooPool:
             raise RankFailureError(f"{len(failures)} of {num_ranks} ranks failed\n{account}", tuple(died))
         return [answers[rank].value for rank in range(num_ranks)]
 
-    def _stacks_of(self, rank: int) -> str:
-        """What all threads of a worker are doing, written by itself on a signal, even if it is stuck in C code."""
-        worker = self._workers[rank]
-        os.kill(worker.process.pid, signal.SIGUSR1)
-        deadline = time.monotonic() + 2.0
-        while worker.stacks.stat().st_size == 0 and time.monotonic() < deadline:
-            time.sleep(0.02)  # a file has no event to wait for
-        return worker.stacks.read_text()
+    def _last_stacks(self, ranks: list[int]) -> dict[int, str]:
+        """What all threads of these workers are doing, written by themselves on a signal, even if they are stuck in C code.
+        It ends them: that shows when all is written."""
+        workers = {rank: self._workers[rank] for rank in ranks}
+        for worker in workers.values():  # all before anyone is missed by the others
+            os.kill(worker.process.pid, _STACKS_SIGNAL)
+        deadline = time.monotonic() + _STACKS_SECONDS
+        for worker in workers.values():
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+        return {rank: worker.stacks.read_text() for rank, worker in workers.items()}
 
 
 def _serve(connection: Connection, stacks: str) -> None:
@@ -158,7 +162,7 @@ def _serve(connection: Connection, stacks: str) -> None:
 
     torch.set_num_threads(1)
     with open(stacks, "w") as file:
-        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        faulthandler.register(_STACKS_SIGNAL, file=file, all_threads=True, chain=True)
         connection.send("ready")
         while True:
             try:
