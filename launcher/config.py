@@ -99,20 +99,24 @@ def load_run_config(
     Raises ConfigError with every problem, those between sections included.
     """
 
-    def check(config: RunConfig) -> Iterable[Complaint]:
-        return cross_checks(
-            RunLayout(
-                num_ranks=num_ranks,
-                device=config.run.device,
-                model=config.model,
-                data=config.data,
-                train=config.train,
-                parallel=config.parallel,
-                export=config.export,
-            )
-        )
+    return load_config(
+        RunConfig, files, overrides, cross_checks=lambda config: layout_complaints(config, num_ranks=num_ranks)
+    )
 
-    return load_config(RunConfig, files, overrides, cross_checks=check)
+
+def layout_complaints(config: RunConfig, *, num_ranks: int | None) -> Iterable[Complaint]:
+    """What does not fit together in a world of `num_ranks` ranks."""
+    return cross_checks(
+        RunLayout(
+            num_ranks=num_ranks,
+            device=config.run.device,
+            model=config.model,
+            data=config.data,
+            train=config.train,
+            parallel=config.parallel,
+            export=config.export,
+        )
+    )
 
 
 def resolved_toml(config: RunConfig, origins: Mapping[str, str] | None = None) -> str:

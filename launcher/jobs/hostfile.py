@@ -27,7 +27,7 @@ class ListedHost:
 
     name: str
     slots: int | None
-    """Processes that it may run. None: the file does not say."""
+    """Ranks that it may run; where the configuration does not say, that it runs. None: the file does not say."""
 
 
 def read_hostfile(path: Path) -> tuple[ListedHost, ...]:

@@ -9,21 +9,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config import RunConfig, load_run_config
+from launcher.config import RunConfig, layout_complaints, load_run_config
 from launcher.config_loading import LoadedConfig
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.backends.mpi import find_mpirun
+from launcher.jobs.config import ContainerConfig
 from launcher.jobs.host_choice import ranks_on_a_host
 from launcher.jobs.hostfile import ListedHost, read_hostfile
 from launcher.jobs.job_record import BackendName
 from launcher.jobs.slurm.script import render_script
 from launcher.jobs.slurm.step import is_image_file
+from launcher.jobs.submission.srun_says import SrunSays, srun_says
 from launcher.toml_writing import value_to_toml
 from megamodel.train.run_directory import RunDirectory
 
 _UNIT_SECONDS = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}
 # SLURM looks at time limits now and then only: its warning comes up to 60 s early. And a start takes its time.
 _SIGNAL_IS_EARLY_SECONDS = 90
+_HOSTS_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,14 @@ def plan_launch(
     loaded = load_run_config(files, overrides)
     hosts = () if hostfile is None else read_hostfile(hostfile)
     config = _settled(loaded, backend, environ, hosts)
+    slots = _slots_problems(loaded.config.launch.ranks_per_node, hosts)
     loaded = LoadedConfig(config=config, origins=loaded.origins)
-    plan = LaunchPlan(loaded=loaded, backend=backend, hosts=hosts, doubts=tuple(_doubts(config, backend)))
-    problems = [*_layout_problems(files, overrides, plan), *_launch_problems(plan, environ)]
+    said = srun_says(config.slurm, environ) if backend == "slurm" else SrunSays(problems={}, doubts={})
+    doubts = (*_doubts(config, backend), *(f"{key}: {sentence}" for key, sentence in said.doubts.items()))
+    plan = LaunchPlan(loaded=loaded, backend=backend, hosts=hosts, doubts=doubts)
+    problems = [*_layout_problems(files, overrides, plan), *_launch_problems(plan, environ), *slots]
+    for key, sentence in said.problems.items():
+        problems.append(_problem(plan, key, getattr(config.slurm, key.removeprefix("slurm.")), sentence))
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         listing = "\n".join(f"  {problem}" for problem in problems)
@@ -94,13 +102,40 @@ def _settled(
 ) -> RunConfig:
     """The configuration with what it leaves open as it is now, so that hosts of another kind change nothing."""
     config = loaded.config
+    slots = {host.slots for host in hosts}
     if backend == "slurm":
         ranks = config.launch.ranks_per_node or config.slurm.gpus or 1
+    elif config.launch.ranks_per_node is None and len(slots) == 1 and (listed := slots.pop()) is not None:
+        ranks = listed
     else:
         ranks = ranks_on_a_host(config, environ)
     nodes = len(hosts) if hosts and "launch.nodes" not in loaded.origins else config.launch.nodes
     launch = config.launch.model_copy(update={"ranks_per_node": ranks, "nodes": nodes})
-    return config.model_copy(update={"launch": launch})
+    slurm = config.slurm.model_copy(update={"container": _without_tildes(config.slurm.container)})
+    return config.model_copy(update={"launch": launch, "slurm": slurm})
+
+
+def _without_tildes(container: ContainerConfig) -> ContainerConfig:
+    """`~` is a shell's word: neither pyxis nor Apptainer knows it."""
+    image = container.image
+    if image is not None and is_image_file(image):
+        image = os.path.expanduser(image)
+    mounts = tuple(":".join(map(os.path.expanduser, mount.split(":"))) for mount in container.mounts)
+    return container.model_copy(update={"image": image, "mounts": mounts})
+
+
+def _slots_problems(asked: int | None, hosts: Sequence[ListedHost]) -> Iterator[str]:
+    """`asked`: `launch.ranks_per_node` as somebody has set it."""
+    if asked is None and len({host.slots for host in hosts}) > 1:
+        listed = ", ".join(f"{host.name}: {host.slots or 'not said'}" for host in hosts[:_HOSTS_SHOWN])
+        yield (
+            f"--hostfile: hosts have different numbers of slots ({listed}), and each runs as many ranks as the others; "
+            "set launch.ranks_per_node"
+        )
+    few = [host for host in hosts if asked is not None and host.slots is not None and host.slots < asked]
+    if few:
+        listed = ", ".join(f"{host.name} slots={host.slots}" for host in few[:_HOSTS_SHOWN])
+        yield f"launch.ranks_per_node = {asked}: more than the hostfile allows ({listed}); lower it, or list more slots"
 
 
 def _layout_problems(files: Sequence[Path], overrides: Sequence[str], plan: LaunchPlan) -> Iterator[str]:
@@ -179,7 +214,7 @@ def _slurm_problems(plan: LaunchPlan) -> Iterator[str]:
             "every host would fetch it at each start, and many at once are refused; "
             f"fetch it once, to where all hosts see it: apptainer pull image.sif {shlex.quote(image)}, and name that file",
         )
-    if image is not None and is_image_file(image) and not Path(image).expanduser().exists():
+    if image is not None and is_image_file(image) and not Path(image).exists():
         yield _problem(plan, "slurm.container.image", image, "no such file")
     try:
         render_script(config, ranks_per_node=ranks, working_directory=Path.cwd())
@@ -188,8 +223,29 @@ def _slurm_problems(plan: LaunchPlan) -> Iterator[str]:
 
 
 def _doubts(config: RunConfig, backend: BackendName) -> Iterator[str]:
-    if backend != "slurm":
+    yield from _doubts_of_fewer_hosts(config)
+    if backend == "slurm":
+        yield from _slurm_doubts(config)
+
+
+def _doubts_of_fewer_hosts(config: RunConfig) -> Iterator[str]:
+    nodes, fewest = config.launch.nodes, config.launch.fewest_nodes
+    if fewest == nodes or any(_fits(config, count) for count in range(nodes - 1, fewest - 1, -1)):
         return
+    fitting = [str(count) for count in range(fewest - 1, 0, -1) if _fits(config, count)]
+    those = str(fewest) if fewest == nodes - 1 else f"{fewest} to {nodes - 1}"
+    mend = f"it could on {', '.join(fitting[:_HOSTS_SHOWN])}" if fitting else "no smaller number works either"
+    yield (
+        f"launch.min_nodes = {fewest}: the run cannot be laid out on {those} hosts, so it never goes on with fewer than "
+        f"launch.nodes = {nodes}; {mend}"
+    )
+
+
+def _fits(config: RunConfig, num_hosts: int) -> bool:
+    return not any(layout_complaints(config, num_ranks=num_hosts * (config.launch.ranks_per_node or 1)))
+
+
+def _slurm_doubts(config: RunConfig) -> Iterator[str]:
     slurm = config.slurm
     if slurm.time is not None and 0 < seconds_of(slurm.time) - slurm.signal_seconds < _SIGNAL_IS_EARLY_SECONDS:
         yield (

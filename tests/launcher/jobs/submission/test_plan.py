@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config import resolved_toml
 from launcher.errors import ConfigError
 from launcher.jobs import host_choice
 from launcher.jobs.job_record import BackendName
+from launcher.jobs.preview import starter_command
 from launcher.jobs.submission.plan import LaunchPlan, default_backend, plan_launch, seconds_of, working_directory
+from tests.launcher.jobs.fake_slurm import FakeSlurm
 
 
 def plan_of(
@@ -123,6 +126,22 @@ def test_images_of_a_registry_are_not_looked_for(tiny: Path, image: str) -> None
     plan_of(tiny, "slurm.container.runtime=pyxis", f"slurm.container.image={image}")
 
 
+def test_what_srun_says_is_told(tiny: Path, fake_slurm: FakeSlurm) -> None:
+    fake_slurm.program(
+        "srun", '[ "$*" = --help ] && echo "  --help"; case "$*" in *--foo*) echo "$1 $2"; exit 2;; esac'
+    )
+    with pytest.raises(ConfigError) as refused:
+        plan_of(tiny, 'slurm.srun_options=["--foo"]', path=f"{fake_slurm.folder}:/usr/bin:/bin")
+    assert refused.value.problems == (
+        '--set slurm.srun_options=["--foo"]: slurm.srun_options = ["--foo"]: srun refuses it: --test-only --foo',
+    )
+    fake_slurm.program(
+        "srun", """[ "$*" = --help ] && echo "  --help" && exit; echo "srun: unrecognized option '--foo'" >&2; exit 2"""
+    )
+    (doubt,) = plan_of(tiny, 'slurm.srun_options=["--foo"]', path=f"{fake_slurm.folder}:/usr/bin:/bin").doubts
+    assert doubt.startswith("slurm.srun_options: srun knows no --foo here")
+
+
 def test_this_machine_is_one_host(tiny: Path) -> None:
     (problem,) = problems_of(tiny, "launch.nodes=2", backend="local")
     assert "launch.nodes = 2: --on local is this machine alone" in problem
@@ -142,6 +161,82 @@ def test_hosts_of_a_hostfile(tiny: Path, tmp_path: Path) -> None:
     settings = ("launch.nodes=4", "launch.ranks_per_node=1")
     assert "the hostfile lists 2" in problems_of(tiny, *settings, backend="mpi", hostfile=hosts)[-1]
     assert "without --hostfile is this machine alone" in problems_of(tiny, *settings, backend="mpi")[-1]
+
+
+def _mpi(tiny: Path, hosts: str) -> Path:
+    """Writes the hostfile, and a mpirun to find, in one folder."""
+    folder = tiny.parent / "mpi"
+    folder.mkdir(exist_ok=True)
+    (folder / "mpirun").write_text("#!/bin/sh\n")
+    (folder / "mpirun").chmod(0o755)
+    (folder / "hosts").write_text(hosts)
+    return folder
+
+
+def test_slots_are_the_ranks_of_a_host_where_nobody_says(tiny: Path) -> None:
+    folder = _mpi(tiny, "n1 slots=2\nn2:2\n")
+
+    def plan(*settings: str) -> LaunchPlan:
+        return plan_of(tiny, *settings, backend="mpi", hostfile=folder / "hosts", path=str(folder))
+
+    assert (plan().ranks_per_host, plan().num_ranks) == (2, 4)
+    assert plan("launch.ranks_per_node=1").num_ranks == 2  # not all of them
+
+
+@pytest.mark.parametrize(
+    ("hosts", "settings", "said"),
+    [
+        ("n1 slots=2\nn2 slots=4\n", (), "hosts have different numbers of slots (n1: 2, n2: 4)"),
+        (
+            "n1 slots=2\nn2\n",
+            (),
+            "(n1: 2, n2: not said), and each runs as many ranks as the others; set launch.ranks_per",
+        ),
+        (
+            "n1 slots=1\nn2:2\n",
+            ("launch.ranks_per_node=2",),
+            "= 2: more than the hostfile allows (n1 slots=1); lower it",
+        ),
+    ],
+)
+def test_slots_that_do_not_fit(tiny: Path, hosts: str, settings: tuple[str, ...], said: str) -> None:
+    folder = _mpi(tiny, hosts)
+    problems = problems_of(tiny, *settings, backend="torchrun", hostfile=folder / "hosts")
+    assert said in problems[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (("parallel.tp=2", "launch.nodes=4", "launch.min_nodes=3"), "on 3 hosts, so it never goes on with fewer than "),
+        (("parallel.tp=2", "launch.nodes=4", "launch.min_nodes=3"), "launch.nodes = 4; it could on 2"),
+        (("parallel.tp=4", "model.num_kv_heads=4", "launch.nodes=4", "launch.min_nodes=1"), "on 1 to 3 hosts"),
+        (("parallel.tp=4", "model.num_kv_heads=4", "launch.nodes=4", "launch.min_nodes=1"), "no smaller number works"),
+        (("parallel.tp=2", "launch.nodes=4", "launch.min_nodes=2"), None),
+        (("parallel.tp=2", "launch.nodes=4"), None),
+    ],
+)
+def test_fewer_hosts_that_no_layout_allows_are_doubtful(
+    tiny: Path, settings: tuple[str, ...], said: str | None
+) -> None:
+    doubts = plan_of(tiny, *settings).doubts
+    assert [said is not None and said in doubt for doubt in doubts] == ([] if said is None else [True])
+
+
+def test_the_home_is_named_in_full(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a program that srun starts nor SLURM knows `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.sif").touch()
+    settings = ("slurm.container.image=~/x.sif", 'slurm.container.mounts=["~/data:/data:ro", "~", "/a/"]')
+    mounts = f"{tmp_path}/data:/data:ro,{tmp_path}:{tmp_path},/a/:/a/"
+    for runtime, image in (("apptainer", f" {tmp_path}/x.sif "), ("pyxis", f" --container-image={tmp_path}/x.sif ")):
+        plan = plan_of(tiny, *settings, f"slurm.container.runtime={runtime}")
+        command = starter_command(plan, working_directory=Path("/work"), environ={})
+        assert image in command
+        assert mounts in command
+        assert "~" not in resolved_toml(plan.config)  # what the job's start reads
+    (problem,) = problems_of(tiny, "slurm.container.runtime=pyxis", "slurm.container.image=~/none.sqsh")
+    assert f'slurm.container.image = "{tmp_path}/none.sqsh": no such file' in problem
 
 
 @pytest.mark.parametrize(
