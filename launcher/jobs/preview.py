@@ -12,11 +12,15 @@ from typing import Any
 from cluster.errors import NetworkError
 from cluster.network_settings import choose_network
 from launcher.errors import RunError
+from launcher.fabric_place import RANK_HOSTS
+from launcher.jobs.agents.protocol import CHOSEN
 from launcher.jobs.backends.local import AGENT_COMMAND
 from launcher.jobs.backends.mpi import find_mpirun
+from launcher.jobs.backends.slurm import RUN
 from launcher.jobs.slurm.step import step_command
 from launcher.jobs.submission.plan import LaunchPlan
 from launcher.jobs.torchrun.host_agent import AGENT_COMMAND as TORCHRUN_AGENT_COMMAND
+from launcher.rank_process import SUPERVISOR_PID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +81,15 @@ def variables_of_ranks(plan: LaunchPlan, environ: Mapping[str, str]) -> list[Var
             value=f"{plan.run.logs}/attempt-1/rank-R.failure.json",
             reason="where a rank leaves why it failed",
         ),
+        Variable(name=RANK_HOSTS, value="names of the hosts", reason="in the order of their ranks"),
+        Variable(name=SUPERVISOR_PID, value="a process", reason="which the rank dies with: its agent, or torchrun"),
     ]
-    if "OMP_NUM_THREADS" not in environ:
-        own.append(
-            Variable(name="OMP_NUM_THREADS", value=f"cores / {each}", reason="the ranks of a host share its cores")
-        )
+    if plan.backend == "slurm":
+        own.append(Variable(name=RUN, value=str(plan.run.root), reason="tells on a host whose process it is"))
+    if not environ.get("OMP_NUM_THREADS"):
+        threads = "OMP_NUM_THREADS"
+        own.append(Variable(name=threads, value=f"cores / {each}", reason="the ranks of a host share its cores"))
+        own.append(Variable(name=CHOSEN, value=threads, reason="hosts may differ in it, by what they have"))
     if launch.preflight.enabled:
         path = f"{plan.run.logs}/attempt-1/preflight.json"
         own.append(Variable(name="MEGA_PREFLIGHT", value=path, reason="launch.preflight.enabled: the verdict"))
