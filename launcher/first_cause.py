@@ -43,7 +43,7 @@ End = TypeVar("End", bound=RankEnd)
 
 
 def failures(ends: Iterable[End]) -> list[End]:
-    """Those that neither are done (0) nor have stopped in good order (75)."""
+    """Those that neither are done (0) nor have stopped in good order (75). Whether 0 was too early, the run's result tells."""
     return [end for end in ends if end.code not in (0, EXIT_STOPPED)]
 
 
@@ -77,14 +77,16 @@ def earliness(end: RankEnd) -> tuple[bool, bool, float]:
 
 
 def how_it_ended(end: RankEnd) -> str:
-    """What follows "rank 3" in a sentence: ": the disk is full", " was killed by SIGKILL; ..." or " ended with exit code 5"."""
+    """What follows "rank 3" in a sentence: ": the disk is full", " was killed by SIGKILL; ..." or " ended with exit code 5".
+    0 is that of a rank that has ended too early."""
     if end.record is not None:
         return f": {end.record.message}"
     if end.code < 0:
         name = signal_name(-end.code)
         hint = "; the kernel does this when memory runs out" if name == "SIGKILL" else ""
         return f" was killed by {name}{hint}"
-    return f" ended with exit code {end.code}" + (f": {end.last_line}" if end.last_line else "")
+    how = " ended before the run was done, with exit code 0" if end.code == 0 else f" ended with exit code {end.code}"
+    return how + (f": {end.last_line}" if end.last_line else "")
 
 
 def signal_name(number: int) -> str:

@@ -25,6 +25,8 @@ class Patience:
     """The same, where a signal or the loss of a host is the failure: there seldom is a better account."""
     terminated: float = 2.0
     """For ranks to end on SIGTERM, before they are killed."""
+    result: float = 5.0
+    """After rank 0 has ended as if all were done: for its result to be seen here, over a file system of many hosts."""
     done: float = 20.0
     """After rank 0 has done all: for the other ranks to end too."""
     starter: float = 5.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launcher import train_result
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, RankError
 from launcher.local_ranks import run_local_ranks
 from launcher.mpi_meeting import meet_and_leave, no_meeting
 from launcher.output import Output
@@ -130,6 +130,8 @@ def _train_in_children(
     )
     # Told here, once every rank has ended well: rank 0 alone cannot know.
     result = attempt / _RESULT_NAME
+    if code == 0 and not result.exists():
+        raise RankError("rank 0 ended before the run was done, with exit code 0; the same command continues")
     if result.exists():
         out.result(json.loads(result.read_text(encoding="utf-8")))
     else:

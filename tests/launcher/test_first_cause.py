@@ -62,6 +62,7 @@ def test_a_rank_that_we_have_ended_before_its_first_step_has_not_stopped_the_run
         (_End(code=-9), " was killed by SIGKILL; the kernel does this when memory runs out"),
         (_End(code=-11), " was killed by SIGSEGV"),
         (_End(code=5), " ended with exit code 5"),
+        (_End(code=0), " ended before the run was done, with exit code 0"),
         (_End(code=5, last_line="Segments are at fault"), " ended with exit code 5: Segments are at fault"),
     ],
 )

@@ -17,8 +17,10 @@ import pytest
 from data_pipeline.corpus import open_corpus
 from launcher import train_result
 from launcher.config import load_run_config
+from launcher.errors import RankError
 from launcher.output import Output
 from launcher.place import Place
+from launcher.verbs import train as train_verb
 from launcher.verbs.train import _say_summary
 from megamodel.train.job import TrainingResult
 from megamodel.train.run_directory import RunDirectory
@@ -118,3 +120,12 @@ def test_the_command_that_trains_on_is_of_this_run_and_its_ranks(tmp_path: Path)
 def test_a_run_that_was_finished_before_says_so(tmp_path: Path) -> None:
     said = summary_of(result_of(tmp_path / "x", finished=True, trained=False), ranks=1)
     assert "Nothing to do: this run has finished its 2 steps" in said
+
+
+def test_ranks_that_all_end_with_0_have_done_nothing_without_a_result(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_verb, "run_local_ranks", lambda *_, **__: 0)
+    config = load_run_config([tiny], [f'run.directory="{tmp_path}"']).config
+    with pytest.raises(RankError, match="rank 0 ended before the run was done, with exit code 0"):
+        train_verb._train_in_children(Output(as_json=True, out=io.StringIO()), config, [tiny], (), 2, [])

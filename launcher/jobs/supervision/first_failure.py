@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.fabric.findings import Finding
 from launcher.errors import ConfigError
-from launcher.first_cause import earliness, failed_at, failures, how_it_ended, signal_name
+from launcher.first_cause import earliness, failed_at, how_it_ended, signal_name
 from launcher.jobs.agents.head import HostLost, RankEnded
 from launcher.jobs.supervision.attempt_end import Failure, FailureKind
 from launcher.verb import EXIT_REFUSED
@@ -46,19 +46,19 @@ class StarterEnd:
 
 
 def first_failure(
-    ended: Sequence[RankEnded],
+    failed: Sequence[RankEnded],
     lost: Sequence[HostLost],
     starter: StarterEnd | None,
     scene: Scene,
     *,
     silence_s: float,
 ) -> Failure | None:
-    """The cause of all the rest; None where nothing has failed.
+    """The cause of all the rest; None where nothing has failed. `failed`: ranks that should not have ended as they did.
 
     What explains itself comes before what only follows from something, and an earlier thing before a later one. A host that
     is lost, and a starter that has ended, explain themselves. A host that fell silent did so `silence_s` before it was lost.
     """
-    found = [(earliness(end), _of_rank(end, scene)) for end in failures(ended)]
+    found = [(earliness(end), _of_rank(end, scene)) for end in failed]
     found += [
         ((False, False, _lost_since(host, silence_s)), of_lost_host(host, scene, silence_s=silence_s))
         for host in lost

@@ -54,8 +54,9 @@ class HangTail:
             if finding.kind not in _STANDSTILL:
                 continue
             self.told.append(finding)
-            # A rank that is gone is no hang: its agent tells. Of others the first tells more than what follows from it.
-            if self._pending is None and finding.evidence.get("state") != "dead":
+            # The first tells more than what follows from it. That a rank is gone its agent tells too, and sooner; but one that
+            # ended as if all were done (exit code 0) is no failure to it.
+            if self._pending is None:
                 self._pending = (now, self._last_step(), finding)
         if self._pending is None:
             return None

@@ -8,7 +8,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from launcher.jobs.supervision.first_failure import (
 )
 from launcher.jobs.supervision.hang_tail import HangTail, watched_ranks
 from launcher.jobs.supervision.preflight_verdict import PreflightVerdict
-from launcher.jobs.supervision.progress import last_step
+from launcher.jobs.supervision.progress import last_step, newest_checkpoint
 from launcher.rank_process import EXIT_STOPPED
 from launcher.verb import EXIT_REFUSED
 
@@ -83,6 +83,8 @@ class RanksWatch:
         self._lost: list[HostLost] = []
         self._starter: StarterEnd | None = None
         self._hang: Finding | None = None
+        self._result: Mapping[str, Any] | None = None
+        """What rank 0 says of the run, once that is done."""
         self._scene: Scene | None = None
         self._failed_at = 0.0
         """By the monotonic clock: when the first failure was seen."""
@@ -117,7 +119,8 @@ class RanksWatch:
     async def _hear_watch_out(self) -> None:
         """The watch of the run outlives its ranks by seconds, and tells in which collective one that is gone is missed."""
         gone = {rank for lost in self._lost for rank in lost.ranks}
-        gone |= {end.rank for end in failures(self._ended.values()) if end.record is None and not end.ended_by_us}
+        failed = await asyncio.to_thread(self._failed_ranks)
+        gone |= {end.rank for end in failed if end.record is None and not end.ended_by_us}
         is_watched = self._scene is not None and bool(self._scene.doing)
         deadline = self._failed_at + self._job.patience.watch
         while is_watched and gone and time.monotonic() < deadline:
@@ -170,7 +173,12 @@ class RanksWatch:
         if end.code == EXIT_STOPPED:
             self._end_within(self._job.launch.save_seconds)
         elif end.code == 0:
-            self._end_within(patience.done if end.rank == 0 else math.inf)
+            if end.rank == 0:  # of others it is not known yet whether that is too early
+                self._result = await self._find_result()
+                if self._result is not None:
+                    self._end_within(patience.done)
+                else:
+                    await self._on_failure(patience.own_end)
         elif not end.ended_by_us:
             refused = end.code == EXIT_REFUSED and await asyncio.to_thread(self._refusal) is not None
             killed = end.code < 0 and end.record is None
@@ -195,7 +203,9 @@ class RanksWatch:
         self._end_within(seconds)
 
     async def _on_hang(self, finding: Finding) -> None:
-        if self._stop.signal is None and not self._is_ending:
+        # Once all is trained ranks may be gone while rank 0 still exports.
+        is_over = finding.evidence.get("state") == "dead" and await asyncio.to_thread(self._has_trained)
+        if self._stop.signal is None and not self._is_ending and not is_over:
             self._hang = finding
             self._grace_s = 0.0  # who hangs does not listen
             await self._on_failure(0.0)
@@ -225,29 +235,44 @@ class RanksWatch:
     def _find_end(self) -> AttemptEnd:
         """How all this is to be understood."""
         ended = list(self._ended.values())
-        if 0 in self._ended and self._ended[0].code == 0:
+        if self._result is not None:
             self._tell_late_failures()
-            return AttemptEnd(outcome="finished", result=self._read_result())
+            return AttemptEnd(outcome="finished", result=self._result)
+        failed = self._failed_ranks()
         scene = self._scene or self._look_at_scene()
         first = self._ended.get(0)
         if first is not None and first.code == EXIT_REFUSED and (refusal := self._refusal()) is not None:
-            return _failed(self._why_missed(missed_ranks(refusal), scene) or of_preflight(refusal, at=failed_at(first)))
-        if self._hang is not None:
+            missed = self._why_missed(missed_ranks(refusal), failed, scene)
+            return _failed(missed or of_preflight(refusal, at=failed_at(first)))
+        if self._hang is not None and not any(end.rank in self._hang.ranks and not end.ended_by_us for end in failed):
             return _failed(of_hang(self._hang, scene))
-        if have_stopped(ended, was_asked=self._stop.signal is not None):
+        if have_stopped(ended, was_asked=self._stop.signal is not None) and not any(end.code == 0 for end in failed):
             return AttemptEnd(outcome="stopped")
-        caused = self._lost or self._starter or any(map(explains_itself, failures(ended)))
+        caused = self._lost or self._starter or any(map(explains_itself, failed))
         if self._stop.signal is not None and not caused:
             return AttemptEnd(outcome="stopped", saved=False)
         silence_s = self._job.launch.lost_host_seconds
-        failure = first_failure(ended, self._lost, self._starter, self._with_findings(scene), silence_s=silence_s)
+        failure = first_failure(failed, self._lost, self._starter, self._with_findings(scene), silence_s=silence_s)
         assert failure is not None, "ranks are ended for a reason"
         return _failed(failure)
 
-    def _why_missed(self, missed: frozenset[int], scene: Scene) -> Failure | None:
+    def _failed_ranks(self) -> list[RankEnded]:
+        """With those that ended as if all were done (0), and it is not: rank 0 is once it has left the run's result, the others
+        once all is trained."""
+        failed = failures(self._ended.values())
+        if self._result is None:
+            has_trained = self._has_trained()
+            failed += [end for end in self._ended.values() if end.code == 0 and (end.rank == 0 or not has_trained)]
+        return failed
+
+    def _has_trained(self) -> bool:
+        """Whether the last step is made and saved: rank 0 may go on alone, with the export."""
+        return newest_checkpoint(self._job.run) >= self._job.config.train.steps
+
+    def _why_missed(self, missed: frozenset[int], failed: Sequence[RankEnded], scene: Scene) -> Failure | None:
         """Of ranks that did not answer preflight: how they ended, where they did so by themselves, as by a crash that has
         nothing to do with their host."""
-        ended = [end for end in self._ended.values() if end.rank in missed and explains_itself(end)]
+        ended = [end for end in failed if end.rank in missed and explains_itself(end)]
         lost = [host for host in self._lost if not missed.isdisjoint(host.ranks)]
         return first_failure(ended, lost, None, scene, silence_s=self._job.launch.lost_host_seconds)
 
@@ -273,6 +298,13 @@ class RanksWatch:
                 self._job.say(
                     f"rank {end.rank} on {end.host}{how_it_ended(end)}, after rank 0 was done; nothing is lost"
                 )
+
+    async def _find_result(self) -> Mapping[str, Any] | None:
+        """What rank 0 has left of the run; None where it has ended without."""
+        deadline = time.monotonic() + self._job.patience.result
+        while (result := await asyncio.to_thread(self._read_result)) is None and time.monotonic() < deadline:
+            await asyncio.sleep(self._job.patience.look)
+        return result
 
     def _read_result(self) -> Mapping[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):

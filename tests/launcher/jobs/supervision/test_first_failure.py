@@ -108,7 +108,7 @@ def test_a_host_that_fell_silent_was_lost_when_it_did() -> None:
 
 
 def test_an_agent_without_ranks_is_no_loss() -> None:
-    assert _first(_ended(0, 0), _lost("n2", at=1.0, ranks=())) is None
+    assert _first(_lost("n2", at=1.0, ranks=())) is None
 
 
 def test_a_starter_that_has_ended_before_its_hosts_were_lost_is_the_cause() -> None:

@@ -103,7 +103,7 @@ def test_after_a_kill_the_run_goes_on_from_the_last_checkpoint(tmp_path: Path) -
         _TOGETHER
         + """
 if attempt == 2:
-    sys.exit(0)
+    finish()
 if rank == 0:
     step(39); step(40); checkpoint(40); step(41)
 mark("ready")

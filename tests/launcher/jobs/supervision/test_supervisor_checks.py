@@ -43,7 +43,7 @@ def test_a_hang_that_the_watch_names_ends_the_attempt_and_a_stopped_rank_is_kill
         ["a", "b"],
         """
         if attempt == 2:
-            sys.exit(0)
+            finish()
         signal.signal(signal.SIGTERM, lambda *_: None)
         if rank == 0:
             checkpoint(40); step(40); step(41)
