@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.agents.agent_ranks import AgentRanks
-from launcher.jobs.agents.host_names import own_addresses, split_head
+from launcher.jobs.agents.host_names import addresses_of_head, own_addresses, split_head
 from launcher.jobs.agents.ports import hold_port
 from launcher.jobs.agents.protocol import (
     ATTEMPT,
@@ -151,9 +151,10 @@ class Agent:
         """Finds the head. Raises RunError where that cannot be."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_s
+        addresses = addresses_of_head(self._place.addresses)
         while True:
             troubles = []
-            for address in self._place.addresses:
+            for address in addresses:
                 trouble = await self._try(address)
                 if trouble is None:
                     return
@@ -177,7 +178,7 @@ class Agent:
             if not answer.done():
                 answer.set_result(why)
 
-        connection = Connection(on_message=take, on_end=end)
+        connection = Connection(on_message=take, on_end=end, token=self._place.token, comes=True)
         try:
             async with asyncio.timeout(_CONNECT_S):
                 await loop.create_connection(lambda: connection, address, self._place.port)
@@ -192,7 +193,6 @@ class Agent:
 
     def _hello(self, own_address: str) -> Hello:
         return Hello(
-            token=self._place.token,
             attempt=self._place.attempt,
             host=self._place.host,
             index=self._place.index,
@@ -206,10 +206,7 @@ class Agent:
         if answer.done():
             return
         if isinstance(message, Refused):
-            if message.final:
-                answer.set_exception(RunError(f"the agent on {self._host} is refused by its job: {message.why}"))
-            else:
-                answer.set_result(message.why)
+            answer.set_exception(RunError(f"the agent on {self._host} is refused by its job: {message.why}"))
         elif isinstance(message, Welcome):
             self._host = message.host
             self._connection = connection

@@ -1,14 +1,13 @@
 """The head of a job: where the agents of all hosts come together. One a supervisor, over all its attempts.
 
-It listens on all addresses of its host. Anybody in the network may come: who does not show the job's token within a few
-seconds, or says anything else, is hung up on.
+It listens on all addresses of its host. Anybody in the network may come: who does not prove within a few seconds to know the
+job's token, or says anything else, is hung up on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import resource
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -133,7 +132,9 @@ class Head:
         return self._attempt
 
     def _accept(self) -> Connection:
-        connection = Connection(on_message=self._greet, on_end=self._forget, longest=LONGEST_HELLO)
+        connection = Connection(
+            on_message=self._greet, on_end=self._forget, token=self._token, comes=False, longest=LONGEST_HELLO
+        )
         if len(self._nameless) >= self._most_nameless:
             # An agent says who it is at once. So those who wait are strangers, and must not keep agents out.
             oldest = next(iter(self._nameless))
@@ -152,15 +153,12 @@ class Head:
         if not isinstance(message, Hello):
             raise ProtocolError("no hello")
         self._forget(connection, "")
-        if not hmac.compare_digest(message.token.encode(errors="replace"), self._token.encode()):
-            connection.say_goodbye(Refused(why="it belongs to another job", final=False))
-            return
         connection.longest = LONGEST_LINE
         refusal = "no attempt has begun" if self._attempt is None else self._attempt.welcome(message, connection)
         if refusal is None:
             self._beats.add(connection)
             return
-        connection.say_goodbye(Refused(why=refusal, final=True))
+        connection.say_goodbye(Refused(why=refusal))
         if refusal not in self._refused:  # once, however many agents of an old attempt come
             self._refused.add(refusal)
             self._say(f"an agent on {message.host} was refused: {refusal}")

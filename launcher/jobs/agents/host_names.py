@@ -44,20 +44,21 @@ def is_loopback(address: str) -> bool:
     return not address or (_is_address(address) and ipaddress.ip_address(address).is_loopback)
 
 
-def own_addresses() -> tuple[str, ...]:
-    """Addresses of this host at which others may reach it, the likeliest first: IPv4 before IPv6, bridges last."""
+def own_addresses(*, bridges: bool = True) -> tuple[str, ...]:
+    """Addresses of this host at which others may reach it, the likeliest first: IPv4 before IPv6, `bridges` last."""
     import psutil
 
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     found: list[tuple[bool, bool, str]] = []
     for name, addresses in psutil.net_if_addrs().items():
-        for each in addresses if name in up else ():
+        is_bridge = name.startswith(_VIRTUAL)
+        for each in addresses if name in up and (bridges or not is_bridge) else ():
             if each.family not in (socket.AF_INET, socket.AF_INET6):
                 continue
             with contextlib.suppress(ValueError):
                 address = ipaddress.ip_address(each.address)
                 if not (address.is_loopback or address.is_link_local):
-                    found.append((name.startswith(_VIRTUAL), address.version == 6, str(address)))
+                    found.append((is_bridge, address.version == 6, str(address)))
     return tuple(address for _, _, address in sorted(found, key=lambda each: each[:2]))
 
 
@@ -65,6 +66,14 @@ def head_addresses(first: Sequence[str] = ()) -> tuple[str, ...]:
     """Where agents may find this host, to be tried in turn: `first`, its addresses, its name, and, for agents beside it, the
     loopback."""
     return tuple(dict.fromkeys((*first, *own_addresses(), socket.gethostname(), "127.0.0.1")))
+
+
+def addresses_of_head(told: Sequence[str]) -> tuple[str, ...]:
+    """Those of MEGA_HEAD that an agent on this host is to try: the loopback only where the head is here too. Elsewhere somebody
+    else may listen there."""
+    elsewhere = tuple(address for address in told if not is_loopback(address))
+    own = {socket.gethostname(), *own_addresses(bridges=False)}
+    return tuple(told) if not elsewhere or own & set(elsewhere) else elsewhere
 
 
 def join_head(addresses: Sequence[str], port: int) -> str:

@@ -1,8 +1,8 @@
 """What the head of a job and its agents say to one another, and how: a JSON object a line, over TCP.
 
-The first word is the agent's `Hello`, which holds the job's token; the head answers `Welcome` or `Refused`. An empty
-object is a beat: each end sends one every second or two from a thread of its own, so that the other one can tell a host
-that is gone from one whose file system takes its time.
+Both prove first that they know the job's token: see `handshake`. Then the agent says `Hello`; the head answers `Welcome` or
+`Refused`. An empty object is a beat: each end sends one every second or two from a thread of its own, so that the other one
+can tell a host that is gone from one whose file system takes its time. It alone stands without a proof.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
+
+from launcher.jobs.agents.handshake import Seal, StrangerError, answer, new_nonce, take_answer
 
 HEAD = "MEGA_HEAD"
 """Where the head listens, for agents: addresses to try in turn, and its port, as "10.0.0.1,node1:40123"."""
@@ -63,7 +65,6 @@ def _fits(value: Any, type_text: str) -> bool:
 class Hello(_Message):
     """An agent's first word."""
 
-    token: str
     attempt: int
     host: str
     """As `MEGA_HOST_NAME`, SLURM or the host itself says."""
@@ -91,11 +92,9 @@ class Welcome(_Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Refused(_Message):
-    """The head's answer to somebody else; it hangs up."""
+    """The head's answer to an agent that it has no use for; it hangs up."""
 
     why: str
-    final: bool
-    """Whether this is the head of the agent's job. Else the agent has found another one's by chance, and looks on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,17 +181,14 @@ _BEAT = b"{}\n"
 
 
 def encode(message: Message) -> bytes:
-    """The message as one line."""
-    return json.dumps({type(message).__name__: vars(message)}).encode() + b"\n"
+    """The message as one line, without its end."""
+    return json.dumps({type(message).__name__: vars(message)}).encode()
 
 
-def decode(line: bytes) -> Message | None:
-    """The message of one line; None for a beat. Raises ProtocolError where it is none."""
+def decode(line: bytes) -> Message:
+    """The message of one line. Raises ProtocolError where it is none."""
     try:
-        found = json.loads(line)
-        if found == {}:
-            return None
-        ((name, values),) = found.items()
+        ((name, values),) = json.loads(line).items()
         message: Message = _KINDS[name](**values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ProtocolError(f"{line[:100]!r} is no message") from error
@@ -203,12 +199,15 @@ def decode(line: bytes) -> Message | None:
 class Connection(asyncio.Protocol):
     """One end of a connection between head and agent. All but `beat` is for the event loop's thread.
 
-    `on_message` gets each message, and may be changed; ProtocolError from it hangs up. `on_end` is called once, with the
-    reason, when nothing more will come.
+    `token` is the job's; who `comes` begins. What is sent before both ends know each other waits until then. `on_message` gets
+    each message, and may be changed; ProtocolError from it hangs up. `on_end` is called once, with the reason, when nothing
+    more will come.
     """
 
     on_message: Callable[[Connection, Message], None]
     on_end: Callable[[Connection, str], None]
+    token: str
+    comes: bool
     longest: int = LONGEST_LINE
     quiet_s: float = 0.0
     """How long nothing has come, in time in which this process itself ran."""
@@ -218,6 +217,10 @@ class Connection(asyncio.Protocol):
     """Whether it was hung up because nothing came any more."""
     _transport: asyncio.Transport | None = None
     _rest: bytes = b""
+    _nonce: bytes = field(default_factory=new_nonce)
+    _seal: Seal | None = None
+    """None until the other end has proved that it knows the token, or, to who listens, has said who it is to."""
+    _waiting: list[bytes] = field(default_factory=list)
     _sending: threading.Lock = field(default_factory=threading.Lock)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -226,20 +229,40 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         if self.why:  # it was hung up on before it was made
             transport.abort()
+        elif self.comes:
+            transport.write(self._nonce + b"\n")
 
     def data_received(self, data: bytes) -> None:
         """asyncio calls it."""
         self.quiet_s = 0.0
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
-            if max(map(len, (*lines, self._rest))) > self.longest:
+            longest = LONGEST_HELLO if self._seal is None else self.longest
+            if max(map(len, (*lines, self._rest))) > longest:
                 raise ProtocolError("a line is too long")
             for line in lines:
-                message = decode(line)
-                if message is not None and not self.why:
-                    self.on_message(self, message)
+                if self.why:
+                    break
+                self._take(line)
+        except StrangerError as error:
+            self.hang_up(str(error))
         except ProtocolError as error:
             self.hang_up(f"it does not speak as it should: {error}")
+
+    def _take(self, line: bytes) -> None:
+        assert self._transport is not None
+        if line == _BEAT[:-1]:
+            return
+        if self._seal is not None:
+            self.on_message(self, decode(self._seal.open(line)))
+        elif self.comes:
+            self._seal = take_answer(self.token, self._nonce, line)
+            for waiting in self._waiting:
+                self._transport.write(self._seal.seal(waiting) + b"\n")
+            self._waiting.clear()
+        else:
+            words, self._seal = answer(self.token, line)
+            self._transport.write(words + b"\n")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio calls it, and closes the socket then."""
@@ -270,10 +293,12 @@ class Connection(asyncio.Protocol):
 
     def send(self, message: Message) -> None:
         """Sends, now or as soon as the other end takes it. To one that is gone nothing is sent."""
-        data = encode(message)
+        line = encode(message)
         with self._sending:
-            if self._transport is not None and not self._transport.is_closing():
-                self._transport.write(data)
+            if self._seal is None:
+                self._waiting.append(line)
+            elif self._transport is not None and not self._transport.is_closing():
+                self._transport.write(self._seal.seal(line) + b"\n")
 
     def beat(self) -> None:
         """Says that this process lives, from any thread. While other words wait to be sent there is no need."""

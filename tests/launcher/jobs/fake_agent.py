@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from launcher.jobs.agents.handshake import Seal, new_nonce, take_answer
 from launcher.jobs.agents.head import Head
 from launcher.jobs.agents.protocol import LONGEST_LINE, Ended, Hello, Message, Start, Started, Welcome, decode, encode
 
@@ -36,6 +37,8 @@ class FakeAgent:
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    seal: Seal | None = None
+    """Once both ends know each other."""
     kept: ClassVar[list[FakeAgent]] = []
     """Those of the running test: one that nobody holds hangs up."""
 
@@ -48,16 +51,24 @@ class FakeAgent:
         return cls(*await asyncio.open_connection("127.0.0.1", head.port, limit=LONGEST_LINE))
 
     @classmethod
+    async def meet(cls, head: Head) -> FakeAgent:
+        """Connects, and proves that it knows the token."""
+        agent = await cls.connect(head)
+        nonce = new_nonce()
+        agent.writer.write(nonce + b"\n")
+        agent.seal = take_answer(TOKEN, nonce, (await agent.reader.readline())[:-1])
+        return agent
+
+    @classmethod
     async def come(cls, head: Head, host: str, index: int = 0, **hello: Any) -> FakeAgent:
         """Connects, and is welcome."""
-        agent = await cls.connect(head)
+        agent = await cls.meet(head)
         agent.say_hello(host, index, **hello)
         await agent.hear(Welcome)
         return agent
 
     def say_hello(self, host: str, index: int = 0, **hello: Any) -> None:
         fields: dict[str, Any] = {
-            "token": TOKEN,
             "attempt": 1,
             "host": host,
             "index": index,
@@ -69,15 +80,17 @@ class FakeAgent:
         self.say(Hello(**{**fields, **hello}))
 
     def say(self, message: Message) -> None:
-        self.writer.write(encode(message))
+        assert self.seal is not None
+        self.writer.write(self.seal.seal(encode(message)) + b"\n")
 
     async def hear(self, kind: type[T]) -> T:
         """The next message but beats, which must be of this kind."""
         while True:
             line = await self.reader.readline()
             assert line, "the head has hung up"
-            message = decode(line)
-            if message is not None:
+            if line != b"{}\n":
+                assert self.seal is not None
+                message = decode(self.seal.open(line[:-1]))
                 assert isinstance(message, kind), message
                 return message
 
@@ -97,7 +110,7 @@ class FakeAgent:
         """Waits for the end of the connection; False where something is said before."""
         with contextlib.suppress(ConnectionError):
             while line := await self.reader.readline():
-                if decode(line) is not None:
+                if line != b"{}\n":
                     return False
         return True
 

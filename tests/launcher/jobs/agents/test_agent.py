@@ -15,6 +15,7 @@ import pytest
 
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.agents.agent import Agent, AgentPlace, read_place
+from launcher.jobs.agents.handshake import Seal, answer
 from launcher.jobs.agents.head import Head, HostLost
 from launcher.jobs.agents.protocol import (
     HEAD,
@@ -23,6 +24,7 @@ from launcher.jobs.agents.protocol import (
     TOKEN,
     Ended,
     Lines,
+    Start,
     Welcome,
     decode,
     encode,
@@ -140,13 +142,11 @@ def test_ranks_that_still_run_at_the_release_are_killed(job: Job) -> None:
     in_time(test)
 
 
-async def _hear(reader: asyncio.StreamReader) -> object:
-    message = None
-    while message is None:
-        line = await reader.readline()
-        assert line, "the agent has hung up"
-        message = decode(line)
-    return message
+async def _hear(reader: asyncio.StreamReader, seal: Seal) -> object:
+    while (line := await reader.readline()) == b"{}\n":
+        pass
+    assert line, "the agent has hung up"
+    return decode(seal.open(line[:-1]))
 
 
 def test_a_head_that_does_not_listen_holds_no_rank_up(job: Job) -> None:
@@ -161,15 +161,18 @@ def test_a_head_that_does_not_listen_holds_no_rank_up(job: Job) -> None:
     found: list[Ended] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await _hear(reader)
-        writer.write(encode(Welcome(host="n1", silence_s=600.0)) + encode(order_of(job, python(script))))
-        await _hear(reader)
+        words, seal = answer("secret", (await reader.readline())[:-1])
+        writer.write(words + b"\n")
+        await _hear(reader, seal)
+        for message in (Welcome(host="n1", silence_s=600.0), order_of(job, python(script))):
+            writer.write(seal.seal(encode(message)) + b"\n")
+        await _hear(reader, seal)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         await job.wait_for("printed-0")
         await until(lambda: not Path("/proc", (job.here / "printed-0").read_text()).exists())
         writer.transport.resume_reading()  # type: ignore[attr-defined]
         while not found:
-            message = await _hear(reader)
+            message = await _hear(reader, seal)
             if isinstance(message, Lines):
                 came.extend(message.lines)
             else:
@@ -253,6 +256,42 @@ def test_strangers_and_other_jobs_at_an_address_are_passed_by(tmp_path: Path, wo
                 server.close()
 
     in_time(test)
+
+
+def test_who_does_not_know_the_token_does_not_hear_it_and_is_not_obeyed(tmp_path: Path) -> None:
+    heard = b""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal heard
+        heard += await reader.readline()
+        words, seal = answer("a guess", heard[:-1])
+        order = Start(
+            ranks=(0,),
+            first_local_rank=0,
+            ranks_on_host=1,
+            num_ranks=1,
+            command=("touch", str(tmp_path / "obeyed")),
+            environ={},
+            directory=str(tmp_path),
+            working_directory=str(tmp_path),
+            master_address="127.0.0.1",
+            master_port=1,
+            max_log_bytes=1000,
+        )
+        welcome = Welcome(host="n1", silence_s=60.0)
+        writer.write(words + b"\n" + b"".join(seal.seal(encode(each)) + b"\n" for each in (welcome, order)))
+        heard += await reader.read()
+
+    async def test() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        with pytest.raises(RunError, match="it does not know the token of this job"):
+            await _agent("127.0.0.1", port=server.sockets[0].getsockname()[1]).run()
+        server.close()
+
+    in_time(test)
+    assert heard
+    assert b"secret" not in heard
+    assert not (tmp_path / "obeyed").exists()
 
 
 def test_the_head_of_another_job_is_passed_by(tmp_path: Path) -> None:

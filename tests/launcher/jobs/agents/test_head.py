@@ -9,9 +9,10 @@ import pytest
 from launcher.errors import RunError
 from launcher.jobs.agents import attempt as attempt_module
 from launcher.jobs.agents import head as head_module
+from launcher.jobs.agents.handshake import Seal, new_nonce
 from launcher.jobs.agents.head import HostLost, RankEnded
-from launcher.jobs.agents.protocol import Lines, Refused, Release, Welcome, encode
-from tests.launcher.jobs.fake_agent import FakeAgent, in_time
+from launcher.jobs.agents.protocol import Hello, Lines, Refused, Release, Welcome, encode
+from tests.launcher.jobs.fake_agent import TOKEN, FakeAgent, in_time
 from tests.launcher.jobs.played_job import Job
 
 
@@ -27,7 +28,7 @@ def test_all_agents_come_and_are_told_the_hosts_name_as_the_job_knows_it(job: Jo
             names = {}
             for host, addresses in {"n1.cluster": (), "n2": (), "what": ("10.1.0.3", "10.0.0.3")}.items():
                 assert not gathering.done()
-                agent = await FakeAgent.connect(head)
+                agent = await FakeAgent.meet(head)
                 agent.say_hello(host, addresses=addresses)
                 names[host] = await agent.hear(Welcome)
             assert await gathering == ()
@@ -86,14 +87,17 @@ def test_an_agent_that_comes_again_takes_its_own_place(job: Job) -> None:
     in_time(test)
 
 
-def test_who_does_not_know_the_token_is_of_another_job(job: Job) -> None:
+@pytest.mark.parametrize("guess", [None, b"guess"], ids=["without a proof", "with a wrong one"])
+def test_who_does_not_know_the_token_is_hung_up_on(job: Job, guess: bytes | None) -> None:
     async def test() -> None:
         async with job.head({"n1": 1}) as (head, attempt):
-            for token in ("guess", "", "gueß"):
-                agent = await FakeAgent.connect(head)
-                agent.say_hello("n1", token=token)
-                assert await agent.hear(Refused) == Refused(why="it belongs to another job", final=False)
-                assert await agent.is_hung_up_on()
+            agent = await FakeAgent.connect(head)
+            agent.writer.write(new_nonce() + b"\n")
+            assert TOKEN.encode() not in await agent.reader.readline()
+            hello = Hello(attempt=1, host="n1", index=0, agent="x", addresses=("n1",), port=1, sent=1.0)
+            seal = (lambda line: line) if guess is None else Seal(own_key=guess, other_key=guess).seal
+            agent.writer.write(seal(encode(hello)) + b"\n")
+            assert await agent.is_hung_up_on()
             assert attempt.hosts_present == ()
 
     in_time(test)
@@ -103,9 +107,9 @@ def test_an_agent_of_another_attempt_is_refused_and_that_is_said_once(job: Job) 
     async def test() -> None:
         async with job.head({"n1": 1}) as (head, attempt):
             for _ in range(2):
-                agent = await FakeAgent.connect(head)
+                agent = await FakeAgent.meet(head)
                 agent.say_hello("n1", attempt=7)
-                assert await agent.hear(Refused) == Refused(why="it is of attempt 7, and now is attempt 1", final=True)
+                assert await agent.hear(Refused) == Refused(why="it is of attempt 7, and now is attempt 1")
             assert attempt.hosts_present == ()
             assert job.said == ["an agent on n1 was refused: it is of attempt 7, and now is attempt 1"]
 
@@ -129,7 +133,7 @@ def test_two_agents_cannot_have_the_same_place(job: Job) -> None:
     async def test() -> None:
         async with job.head({"n1": 2}) as (head, attempt):
             await FakeAgent.come(head, "n1", 0, agent="one")
-            other = await FakeAgent.connect(head)
+            other = await FakeAgent.meet(head)
             other.say_hello("n1", 0, agent="two")
             why = (await other.hear(Refused)).why
             assert why == "agent 0 of n1 is there already: two processes claim the same place"
@@ -169,7 +173,7 @@ def test_agents_that_nobody_asked_for_idle(job: Job) -> None:
         b"x" * (1 << 17),
         b"[" * 60_000 + b"\n",
         b'{"Release": {}}\n',
-        b'{"Hello": {"token": "secret"}}\n',
+        b'{"Hello": {"attempt": 1}}\n',
     ],
 )
 def test_whoever_does_not_say_hello_is_hung_up_on(job: Job, words: bytes) -> None:
@@ -296,7 +300,7 @@ def test_agents_are_hung_up_on_when_the_head_ends(job: Job) -> None:
         async with job.head({"n1": 1}) as (head, _):
             agent = await FakeAgent.come(head, "n1")
             stranger = await FakeAgent.connect(head)
-            stranger.writer.write(encode(Release())[:5])
+            stranger.writer.write(new_nonce()[:5])
         assert await agent.is_hung_up_on()
         assert await stranger.is_hung_up_on()
         with pytest.raises(OSError):

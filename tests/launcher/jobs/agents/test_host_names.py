@@ -2,7 +2,15 @@
 
 import pytest
 
-from launcher.jobs.agents.host_names import find_host, head_addresses, is_loopback, join_head, split_head
+from launcher.jobs.agents import host_names
+from launcher.jobs.agents.host_names import (
+    addresses_of_head,
+    find_host,
+    head_addresses,
+    is_loopback,
+    join_head,
+    split_head,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +52,20 @@ def test_the_head_is_looked_for_at_the_given_addresses_first_and_on_this_host_la
     assert addresses[-1] == "127.0.0.1"
     assert len(set(addresses)) == len(addresses)
     assert not any(map(is_loopback, addresses[:-1]))
+
+
+def test_an_agent_elsewhere_does_not_look_for_the_head_on_its_own_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = ("10.0.0.1", "172.17.0.1", "n1", "127.0.0.1")
+
+    def on(name: str, address: str) -> tuple[str, ...]:
+        monkeypatch.setattr(host_names.socket, "gethostname", lambda: name)
+        monkeypatch.setattr(host_names, "own_addresses", lambda *, bridges: (address, *["172.17.0.1"] * bridges))
+        return addresses_of_head(told)
+
+    assert on("n2", "10.0.0.2") == told[:-1]
+    assert on("n1", "10.1.0.1") == told
+    assert on("container", "10.0.0.1") == told
+    assert addresses_of_head(("127.0.0.1",)) == ("127.0.0.1",)  # nowhere else was said
 
 
 def test_no_address_leads_to_nobody_else() -> None:

@@ -8,7 +8,9 @@ from collections.abc import Coroutine
 import pytest
 
 from launcher.jobs.agents import protocol
+from launcher.jobs.agents.handshake import Seal, new_nonce, take_answer
 from launcher.jobs.agents.protocol import (
+    LONGEST_HELLO,
     Beats,
     Connection,
     End,
@@ -27,7 +29,7 @@ from launcher.jobs.agents.protocol import (
 )
 
 _MESSAGES: list[Message] = [
-    Hello(token="t", attempt=1, host="n1", index=0, agent="x", addresses=("10.0.0.1",), port=1, sent=1.5),
+    Hello(attempt=1, host="n1", index=0, agent="x", addresses=("10.0.0.1",), port=1, sent=1.5),
     Start(
         ranks=(0, 1),
         first_local_rank=0,
@@ -53,13 +55,8 @@ _MESSAGES: list[Message] = [
 @pytest.mark.parametrize("message", _MESSAGES)
 def test_a_message_comes_as_it_was_sent(message: Message) -> None:
     line = encode(message)
-    assert line.endswith(b"\n")
-    assert line.count(b"\n") == 1
+    assert b"\n" not in line
     assert decode(line) == message
-
-
-def test_a_beat_is_no_message() -> None:
-    assert decode(b"{}") is None
 
 
 @pytest.mark.parametrize(
@@ -69,6 +66,7 @@ def test_a_beat_is_no_message() -> None:
         b"GET / HTTP/1.1",
         b"\xff\x00",
         b"[1]",
+        b"{}",
         b"7",
         b'{"Signal": {"number": 1}, "Release": {}}',
         b'{"Signal": {}}',
@@ -95,6 +93,8 @@ class _End:
         self.connection = Connection(
             on_message=lambda _, message: self.heard.append(message),
             on_end=lambda _, why: self.ended.append(why),
+            token="secret",
+            comes=False,
             longest=longest,
         )
         self.far, self._near = socket.socketpair()
@@ -103,6 +103,12 @@ class _End:
     async def open(self) -> "_End":
         await asyncio.get_running_loop().create_connection(lambda: self.connection, sock=self._near)
         return self
+
+    async def greet(self) -> Seal:
+        """Has the other end prove that it knows the token; what it says from now on is to be sealed."""
+        nonce = new_nonce()
+        self.far.sendall(nonce + b"\n")
+        return take_answer("secret", nonce, (await asyncio.to_thread(self.far.recv, 1000))[:-1])
 
     async def end(self) -> str:
         """Why it ended."""
@@ -122,7 +128,8 @@ def _run(test: Coroutine[None, None, None]) -> None:
 def test_messages_are_found_however_their_bytes_come() -> None:
     async def test() -> None:
         end = await _End().open()
-        data = b"".join(map(encode, _MESSAGES))
+        seal = await end.greet()
+        data = b"".join(b"{}\n" + seal.seal(encode(message)) + b"\n" for message in _MESSAGES)
         for first in range(0, len(data), 7):
             end.far.send(data[first : first + 7])
             await asyncio.sleep(0)
@@ -133,12 +140,24 @@ def test_messages_are_found_however_their_bytes_come() -> None:
     _run(test())
 
 
-@pytest.mark.parametrize("data", [b"x" * 1000, b'{"Signal": 1}\n', b"{}\n{}\nno\n{}\n"])
+@pytest.mark.parametrize("data", [b"x" * 1000, b'{"Signal": 1}', b"no"])
 def test_who_does_not_speak_as_it_should_is_hung_up_on(data: bytes) -> None:
     async def test() -> None:
         end = await _End(longest=500).open()
-        end.far.sendall(data)
+        seal = await end.greet()
+        end.far.sendall(b"{}\n" + seal.seal(data) + b"\n{}\n")
         assert "it does not speak as it should" in await end.end()
+        assert end.heard == []
+
+    _run(test())
+
+
+@pytest.mark.parametrize("data", [b"x" * (LONGEST_HELLO + 1), encode(Release()) + b"\n", b"\n", b"x" * 32 + b"\nno\n"])
+def test_a_stranger_is_hung_up_on_whatever_it_says(data: bytes) -> None:
+    async def test() -> None:
+        end = await _End().open()
+        end.far.sendall(data)
+        await end.end()
         assert end.heard == []
 
     _run(test())
@@ -162,6 +181,7 @@ def test_beats_come_while_the_event_loop_is_held_up() -> None:
 def test_no_beat_stands_within_another_message() -> None:
     async def test() -> None:
         end = await _End().open()
+        seal = await end.greet()
         beats = Beats()
         beats.add(end.connection)
         beats.start(0.0005)
@@ -175,8 +195,7 @@ def test_no_beat_stands_within_another_message() -> None:
         while received.count(b"Lines") < len(sent) or not received.endswith(b"}\n"):
             received += await asyncio.get_running_loop().sock_recv(end.far, 1 << 16)
         beats.stop()
-        messages = [decode(line) for line in received.splitlines()]
-        assert [message for message in messages if message is not None] == sent
+        assert [decode(seal.open(line)) for line in received.splitlines() if line != b"{}"] == sent
 
     _run(test())
 
@@ -220,7 +239,7 @@ def _hung_up_after(gaps_s: list[float], monkeypatch: pytest.MonkeyPatch) -> str:
             raise asyncio.CancelledError
         clock.now += left.pop(0)
 
-    connection = Connection(on_message=lambda *_: None, on_end=lambda *_: None)
+    connection = Connection(on_message=lambda *_: None, on_end=lambda *_: None, token="secret", comes=False)
     with monkeypatch.context() as patch:
         patch.setattr(protocol.asyncio, "sleep", sleep)
         patch.setattr(protocol.asyncio, "get_running_loop", lambda: clock)
@@ -242,6 +261,7 @@ def test_json_without_end_is_not_kept() -> None:
 
     async def test() -> None:
         end = await _End(longest=1 << 16).open()
+        await end.greet()
         loop = asyncio.get_running_loop()
         end.far.setblocking(False)
         with contextlib.suppress(OSError):
