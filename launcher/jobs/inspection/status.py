@@ -136,6 +136,10 @@ def _judge(facts: RunFacts, queue: Mapping[str, QueuedJob] | None, now: float) -
         return _Verdict(
             state="queued", cause=state.cause
         )  # it waits to be started again, and only the queue knows more
+    if facts.is_held or (facts.is_held is None and _writes(facts, now)):
+        return _Verdict(
+            state=state.state, cause=state.cause
+        )  # it lives, and cannot write: a full disk, a slow file system
     silence = duration(now - (facts.heard or now))
     before = f"; before that: {state.cause}" if state.cause else ""
     gone = f", and job {facts.record.job_id} is gone" if queue is not None and facts.record is not None else ""
@@ -173,8 +177,7 @@ def _judge_plain(facts: RunFacts, now: float) -> _Verdict:
         return _Verdict(state="finished")
     if last is not None and name in ("stop", "failure"):
         return _Verdict(state="failed", cause=str(last.get("message") or event_words(last)))
-    written = max((moment for moment in (facts.pace.time, facts.started) if moment is not None), default=0.0)
-    if facts.is_held is None and now - written < max(_FRESH_SECONDS, 10 * (facts.pace.step_s or 0.0)):
+    if facts.is_held is None and _writes(facts, now):
         return _Verdict(state="running")
     first = first_failure_record(facts)
     if first is not None:
@@ -183,6 +186,12 @@ def _judge_plain(facts: RunFacts, now: float) -> _Verdict:
     return _Verdict(
         state="failed", cause=f"it ended without a word {where}; the same command continues from the last checkpoint"
     )
+
+
+def _writes(facts: RunFacts, now: float) -> bool:
+    """Whether training has written anything of late."""
+    written = max((moment for moment in (facts.pace.time, facts.started) if moment is not None), default=0.0)
+    return now - written < max(_FRESH_SECONDS, 10 * (facts.pace.step_s or 0.0))
 
 
 def _is_plain(facts: RunFacts) -> bool:

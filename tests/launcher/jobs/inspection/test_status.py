@@ -151,6 +151,30 @@ def test_a_silent_supervisor_is_told(run: MadeRun) -> None:
     assert status.cause == "its supervisor on n1 has not been heard of for 5 min; before that: rank 1 died"
 
 
+@pytest.mark.parametrize("state", ["running", "restarting"])
+def test_a_silent_supervisor_that_holds_the_run_lives(run: MadeRun, state: str) -> None:
+    """Its disk is full, or the file system is slow."""
+    run.launched(ago=5000)
+    run.supervised(state, ago=300, cause="rank 1 died")
+    with locked_run(run.directory.root, say=refuse):
+        for queue in (None, {}):
+            status = seen(run, queue)
+            assert (status.state, status.cause) == (state, "rank 1 died")
+    assert seen(run).state == "failed"
+
+
+def test_where_there_are_no_locks_a_silent_supervisor_lives_while_steps_come(
+    run: MadeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.jobs.inspection.run_facts.is_held", lambda root: None)
+    run.launched(ago=5000, backend="local", job_id=None)
+    run.supervised("running", ago=400)
+    run.steps(1, 30, ago=100.0)
+    assert seen(run, asks=False).state == "running"
+    monkeypatch.setattr("tests.launcher.jobs.inspection.test_status.NOW", NOW + 300)
+    assert seen(run, asks=False).state == "failed"
+
+
 def test_a_supervisor_whose_clock_is_behind_is_not_silent(run: MadeRun) -> None:
     run.launched(ago=5000, backend="local", job_id=None)
     run.supervised("running", ago=300)
