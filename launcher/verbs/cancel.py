@@ -20,6 +20,7 @@ from launcher.verbs.generate import Run
 
 if TYPE_CHECKING:
     from launcher.jobs.job_record import JobFolder, JobRecord, SupervisorState
+    from launcher.jobs.slurm.squeue import QueuedJob
 
 # What scancel says of a job that is not to be started again anyway.
 _IS_OVER = "already completing or completed"
@@ -55,6 +56,7 @@ def cancel(out: Output, run: Run, now: Now = False) -> int:
 
 
 def _in_queue(folder: JobFolder, record: JobRecord, now: bool) -> _Done:
+    from launcher.jobs.slurm.client import NoAnswerError
     from launcher.jobs.slurm.squeue import jobs_in_queue
 
     job_id = record.job_id
@@ -66,7 +68,19 @@ def _in_queue(folder: JobFolder, record: JobRecord, now: bool) -> _Done:
     has_ended = state is not None and state.state in ("finished", "failed")
     if (job := jobs.get(job_id)) is None or (job.state == "COMPLETING" and has_ended):
         raise RunError(f"job {job_id} is not running any more: there is nothing to cancel")
+    was_asked = folder.is_cancelled()
     folder.ask_to_cancel()
+    try:
+        return _tell_slurm(folder, job_id, job, state, now)
+    except NoAnswerError as error:
+        raise RunError(f"{error}; SLURM may have heard it, so the run stays marked as cancelled: try again") from error
+    except RunError:
+        if not was_asked:  # else the job would take a later preemption for the end
+            folder.forget_cancel()
+        raise
+
+
+def _tell_slurm(folder: JobFolder, job_id: str, job: QueuedJob, state: SupervisorState | None, now: bool) -> _Done:
     if job.state == "COMPLETING":
         return _at_its_end(folder, job_id, state)
     if job.waits:
@@ -96,11 +110,12 @@ def _at_its_end(folder: JobFolder, job_id: str, state: SupervisorState | None) -
 
 
 def _scancel(*arguments: str) -> None:
-    from launcher.jobs.slurm.client import call
+    from launcher.jobs.slurm.client import NoAnswerError, call
 
     answer = asyncio.run(call("scancel", *arguments))
     if answer.code:
-        raise RunError(f"scancel {' '.join(arguments)}: {answer.complaint}")
+        kind = NoAnswerError if answer.is_lost else RunError
+        raise kind(f"scancel {' '.join(arguments)}: {answer.complaint}")
 
 
 def _process(folder: JobFolder, record: JobRecord, state: SupervisorState | None, now: bool) -> _Done:

@@ -149,6 +149,7 @@ def test_slurm_does_not_cancel_what_ends(
     ended = mega("cancel", "big")
     assert ended.code == code
     assert (said in ended.err) is bool(code)
+    assert folder.is_cancelled() is not bool(code)
 
 
 def test_slurm_says_no(mega: Mega, folder: JobFolder, fake_slurm: FakeSlurm) -> None:
@@ -160,6 +161,21 @@ def test_slurm_says_no(mega: Mega, folder: JobFolder, fake_slurm: FakeSlurm) -> 
     ended = mega("cancel", "big")
     assert ended.code == 1
     assert ended.err.endswith("scancel --signal=TERM --batch 7: Kill job error on job id 7: Access/permission denied\n")
+    # The job goes on: it must not take its next preemption for the end.
+    assert not folder.is_cancelled()
+    folder.ask_to_cancel()
+    mega("cancel", "big")
+    assert folder.is_cancelled()  # somebody else's word stands
+
+
+def test_what_slurm_may_have_heard_stands(mega: Mega, folder: JobFolder, fake_slurm: FakeSlurm) -> None:
+    launched(folder)
+    fake_slurm.program("squeue", 'echo "7|RUNNING|None"')
+    fake_slurm.program("scancel", 'echo "scancel: error: Socket timed out on send/recv operation" >&2; exit 1')
+    ended = mega("cancel", "big")
+    assert ended.code == 1
+    assert "Socket timed out on send/recv operation; SLURM may have heard it, so the run stays marked" in ended.err
+    assert folder.is_cancelled()
 
 
 def test_no_queue_here(mega: Mega, folder: JobFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

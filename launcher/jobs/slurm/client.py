@@ -34,6 +34,10 @@ _UNUSABLE = {
 }
 
 
+class NoAnswerError(RunError):
+    """A program of SLURM ran into its time limit: nobody knows whether what it asked for is done."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What a program of SLURM said."""
@@ -47,6 +51,11 @@ class Answer:
         """In one line, without the program's name before each."""
         lines = [re.sub(r"^\w+: ((error|fatal): )?", "", line.strip()) for line in self.err.splitlines()]
         return "; ".join(filter(None, lines)) or self.out.strip() or f"exit code {self.code}"
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it failed since the controller did not confirm in time: it may have done all the same what was asked."""
+        return self.code != 0 and "timed out" in self.err.lower()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +80,7 @@ async def call(
     environ: Mapping[str, str] | None = None,
     timeout_s: float = CALL_SECONDS,
 ) -> Answer:
-    """Runs a program to its end. Raises RunError where it cannot be started, or takes longer."""
+    """Runs a program to its end. Raises RunError where it cannot be started, and NoAnswerError where it takes longer."""
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -86,7 +95,9 @@ async def call(
         data = None if input_text is None else input_text.encode()
         out, err = await asyncio.wait_for(process.communicate(data), timeout_s)
     except TimeoutError:
-        raise RunError(f"{command[0]} has not answered for {timeout_s:g} s: does SLURM's controller run?") from None
+        raise NoAnswerError(
+            f"{command[0]} has not answered for {timeout_s:g} s: does SLURM's controller run?"
+        ) from None
     finally:
         if process.returncode is None:
             process.kill()
