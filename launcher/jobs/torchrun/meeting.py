@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hmac
 import socket
 import time
 from collections.abc import Callable
@@ -20,8 +19,7 @@ from launcher.jobs.torchrun.notices import (
     NoNodeError,
     Notice,
     Refusal,
-    encode,
-    read,
+    Wire,
 )
 
 _HELLO_S = 10.0
@@ -32,7 +30,7 @@ class _Visitor:
     """A host that is there."""
 
     hello: NodeHello
-    writer: asyncio.StreamWriter
+    wire: Wire
     heard_at: float
     """By the monotonic clock."""
     status: AgentStatus | None = None
@@ -79,9 +77,8 @@ class Meeting:
     def tell(self, **changes: Any) -> None:
         """Changes the notice, and sends it to all who are there."""
         self.notice = replace(self.notice, **changes)
-        line = encode(self.notice)
         for visitor in self._visitors.values():
-            visitor.writer.write(line)
+            visitor.wire.write(self.notice)
 
     def hosts(self) -> tuple[str, ...]:
         """Those that are there, in the order of their ranks."""
@@ -112,29 +109,29 @@ class Meeting:
         self._serving[task] = writer
         try:
             with contextlib.suppress(NoNodeError, OSError):
-                await self._welcome(reader, writer)
+                await self._welcome(await Wire.answer(reader, writer, token=self._token, timeout_s=_HELLO_S))
         finally:
             del self._serving[task]
             writer.close()
 
-    async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        hello = await read(reader, silence_s=_HELLO_S)
+    async def _welcome(self, wire: Wire) -> None:
+        hello = await wire.read(silence_s=_HELLO_S)
         if not isinstance(hello, NodeHello):
             raise NoNodeError("no hello")
         refusal = self._refusal(hello)
-        writer.write(encode(self.notice if refusal is None else Refusal(why=refusal)))
+        wire.write(self.notice if refusal is None else Refusal(why=refusal))
         if refusal is not None or hello.only_asks or not self.notice.leads:
-            await writer.drain()
+            await wire.drain()
             return
-        visitor = _Visitor(hello=hello, writer=writer, heard_at=time.monotonic())
+        visitor = _Visitor(hello=hello, wire=wire, heard_at=time.monotonic())
         if (earlier := self._visitors.pop(hello.host, None)) is not None:
-            earlier.writer.close()
+            earlier.wire.close()
         self._visitors[hello.host] = visitor
         self.poke()
-        beats = asyncio.create_task(_beat(writer))
+        beats = asyncio.create_task(_beat(wire))
         try:
             while True:
-                word = await read(reader, silence_s=self._silence_s)
+                word = await wire.read(silence_s=self._silence_s)
                 visitor.heard_at = time.monotonic()
                 if isinstance(word, AgentStatus) and word != visitor.status:
                     visitor.status = word
@@ -146,11 +143,6 @@ class Meeting:
             self.poke()
 
     def _refusal(self, hello: NodeHello) -> str | None:
-        if not hmac.compare_digest(hello.token.encode(errors="replace"), self._token.encode()):
-            return (
-                "it launches another run, or this one in another folder: do all hosts see the run's folder at the same place, "
-                "on a shared file system?"
-            )
         other = self._visitors.get(hello.host)
         if other is None or other.hello.process == hello.process:
             return None
@@ -160,10 +152,10 @@ class Meeting:
         return f"another process is there already as {hello.host}: does `mega launch` run twice on that host?"
 
 
-async def _beat(writer: asyncio.StreamWriter) -> None:
+async def _beat(wire: Wire) -> None:
     while True:
         await asyncio.sleep(BEAT_S)
-        writer.write(encode(None))
+        wire.write(None)
 
 
 def _listen(port: int) -> socket.socket:

@@ -21,7 +21,7 @@ from launcher.jobs.job import JobEnd
 from launcher.jobs.stop_asked import StopAsked
 from launcher.jobs.torchrun.host_agent import HostAgent
 from launcher.jobs.torchrun.meeting import Meeting
-from launcher.jobs.torchrun.notices import BEAT_S, NodeHello, NoNodeError, Notice, connect, encode, read
+from launcher.jobs.torchrun.notices import BEAT_S, NodeHello, NoNodeError, Notice, Wire, connect
 from launcher.jobs.torchrun.roster import Roster
 from launcher.rank_process import EXIT_INTERRUPTED, EXIT_STOPPED
 from launcher.run_lock import locked_run
@@ -140,20 +140,15 @@ class Node:
 
     async def _ask(self, host: str) -> Notice | str:
         try:
-            _, writer, notice = await connect(host, self._roster.port, self._hello(only_asks=True), timeout_s=_ASK_S)
+            wire, notice = await self._connect(host, self._roster.port, only_asks=True)
         except NoNodeError as error:
             return str(error)
-        writer.close()
+        wire.close()
         return notice
 
-    def _hello(self, *, only_asks: bool) -> NodeHello:
-        return NodeHello(
-            token=self._token,
-            host=self._roster.name,
-            rank=self._roster.rank,
-            process=self._process,
-            only_asks=only_asks,
-        )
+    async def _connect(self, host: str, port: int, *, only_asks: bool) -> tuple[Wire, Notice]:
+        hello = NodeHello(host=self._roster.name, rank=self._roster.rank, process=self._process, only_asks=only_asks)
+        return await connect(host, port, hello, token=self._token, timeout_s=_ASK_S)
 
     async def _try_to_lead(self) -> int | None:
         """The job's exit code; None where another process holds the run."""
@@ -237,8 +232,8 @@ class Node:
     async def _serve(self, leader: str, port: int) -> int | None:
         """Runs the agents that `leader` asks for; returns the job's exit code at its end, None where it does not lead (any
         more). Raises NoNodeError where it is lost."""
-        reader, writer, notice = await connect(leader, port, self._hello(only_asks=False), timeout_s=_ASK_S)
-        telling = asyncio.create_task(self._tell_status(writer))
+        wire, notice = await self._connect(leader, port, only_asks=False)
+        telling = asyncio.create_task(self._tell_status(wire))
         try:
             if notice.leads and notice.host != self._roster.name:
                 self._say(f"{notice.host} leads the job")
@@ -255,21 +250,21 @@ class Node:
                     await self._agent.end()
                 elif self._roster.name in notice.order.hosts:
                     await self._agent.run(notice.order, leader=leader)
-                notice = await self._next_notice(reader)
+                notice = await self._next_notice(wire)
         finally:
             telling.cancel()
-            writer.close()
+            wire.close()
 
-    async def _next_notice(self, reader: asyncio.StreamReader) -> Notice:
+    async def _next_notice(self, wire: Wire) -> Notice:
         while True:
-            word = await read(reader, silence_s=self._launch.lost_host_seconds)
+            word = await wire.read(silence_s=self._launch.lost_host_seconds)
             if isinstance(word, Notice):
                 return word
 
-    async def _tell_status(self, writer: asyncio.StreamWriter) -> None:
+    async def _tell_status(self, wire: Wire) -> None:
         """The agent's, again and again: it also says that this host is there."""
         while True:
-            writer.write(encode(self._agent.status))
+            wire.write(self._agent.status)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._agent_changed.wait(), BEAT_S)
             self._agent_changed.clear()

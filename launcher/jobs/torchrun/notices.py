@@ -1,8 +1,8 @@
 """What the hosts of a job say to one another where nobody starts them but the user: a JSON object a line, over TCP.
 
-Who comes says hello, with the token that lies in the run's folder: hosts that do not share that folder cannot train one run.
-The answer is a notice. From then on the one who came tells how its agent is, and the other one sends each new notice.
-An empty object is a beat.
+Both ends prove first that they know the token that lies in the run's folder, see `launcher.jobs.agents.handshake`: hosts
+that do not share that folder cannot train one run. Who comes then says hello. The answer is a notice. From then on the one
+who came tells how its agent is, and the other one sends each new notice. An empty object is a beat.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import RunError
+from launcher.jobs.agents.handshake import Seal, StrangerError, answer, new_nonce, take_answer
 
 BEAT_S = 1.0
 _LONGEST_LINE = 1 << 22
@@ -38,7 +39,6 @@ class NoNodeError(Exception):
 class NodeHello:
     """The first word of a host that comes."""
 
-    token: str
     host: str
     """Its name in the job."""
     rank: int
@@ -92,12 +92,15 @@ class Refusal:
     why: str = field(default="")
 
 
-def encode(word: NodeHello | AgentStatus | Notice | Refusal | None) -> bytes:
-    """One line; None is a beat."""
-    return json.dumps({} if word is None else {type(word).__name__: asdict(word)}).encode() + b"\n"
+Word = NodeHello | AgentStatus | Notice | Refusal
 
 
-def decode(line: bytes) -> NodeHello | AgentStatus | Notice | Refusal | None:
+def encode(word: Word | None) -> bytes:
+    """One line, without its end; None is a beat."""
+    return json.dumps({} if word is None else {type(word).__name__: asdict(word)}).encode()
+
+
+def decode(line: bytes) -> Word | None:
     """What `encode` was given. Raises NoNodeError where it is none of these."""
     try:
         data: dict[str, Any] = json.loads(line)
@@ -108,17 +111,71 @@ def decode(line: bytes) -> NodeHello | AgentStatus | Notice | Refusal | None:
             order = values["order"]
             values["order"] = AgentOrder(**{**order, "hosts": tuple(order["hosts"])})
         kinds = {kind.__name__: kind for kind in (NodeHello, AgentStatus, Notice, Refusal)}
-        word: NodeHello | AgentStatus | Notice | Refusal = kinds[name](**values)
+        word: Word = kinds[name](**values)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NoNodeError(f"it says {line[:60]!r}, which no `mega launch` would") from error
     return word
 
 
-async def read(reader: asyncio.StreamReader, *, silence_s: float) -> NodeHello | AgentStatus | Notice | Refusal | None:
-    """The next word; None is a beat. Raises NoNodeError at the end, and where nothing sensible comes for `silence_s`.
+class Wire:
+    """One end of a connection between two hosts, each of which has proved that it knows the token."""
 
-    Only time in which this process itself runs counts: it may be stopped, or have no processor.
-    """
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, seal: Seal) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._seal = seal
+
+    @classmethod
+    async def answer(
+        cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, token: str, timeout_s: float
+    ) -> Wire:
+        """Meets somebody who has come. Raises NoNodeError where that is none of ours, as far as it shows by now."""
+        try:
+            words, seal = answer(token, await _read_line(reader, silence_s=timeout_s))
+        except StrangerError as error:
+            raise NoNodeError(str(error)) from error
+        writer.write(words + b"\n")
+        return cls(reader, writer, seal)
+
+    @classmethod
+    async def come(
+        cls, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, token: str, timeout_s: float
+    ) -> Wire:
+        """Meets whoever listens. Raises NoNodeError where that one does not know the token."""
+        nonce = new_nonce()
+        writer.write(nonce + b"\n")
+        line = await _read_line(reader, silence_s=timeout_s)
+        try:
+            return cls(reader, writer, take_answer(token, nonce, line))
+        except StrangerError as error:
+            raise NoNodeError(
+                "it launches another run, or this one in another folder: do all hosts see the run's folder at the same place, "
+                "on a shared file system?"
+            ) from error
+
+    def write(self, word: Word | None) -> None:
+        """Sends it, in time; None is a beat."""
+        self._writer.write(self._seal.seal(encode(word)) + b"\n")
+
+    async def read(self, *, silence_s: float) -> Word | None:
+        """The next word; None is a beat. Raises NoNodeError at the end, and where nothing sensible comes for `silence_s`."""
+        line = await _read_line(self._reader, silence_s=silence_s)
+        try:
+            return decode(self._seal.open(line))
+        except StrangerError as error:
+            raise NoNodeError(str(error)) from error
+
+    async def drain(self) -> None:
+        """Waits until the other end has taken enough."""
+        await self._writer.drain()
+
+    def close(self) -> None:
+        """Hangs up."""
+        self._writer.close()
+
+
+async def _read_line(reader: asyncio.StreamReader, *, silence_s: float) -> bytes:
+    """Only time in which this process itself runs counts as silence: it may be stopped, or have no processor."""
     loop = asyncio.get_running_loop()
     quiet_s = 0.0
     reading = asyncio.ensure_future(reader.readline())
@@ -136,12 +193,10 @@ async def read(reader: asyncio.StreamReader, *, silence_s: float) -> NodeHello |
         reading.cancel()
     if not line.endswith(b"\n"):
         raise NoNodeError("its connection ended")
-    return decode(line)
+    return line[:-1]
 
 
-async def connect(
-    host: str, port: int, hello: NodeHello, *, timeout_s: float
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Notice]:
+async def connect(host: str, port: int, hello: NodeHello, *, token: str, timeout_s: float) -> tuple[Wire, Notice]:
     """Says hello at `host`; returns its notice too. Raises NoNodeError where there is none."""
     try:
         opening = asyncio.open_connection(host, port, limit=_LONGEST_LINE)
@@ -151,8 +206,9 @@ async def connect(
     except OSError as error:
         raise NoNodeError(error.strerror or str(error)) from error
     try:
-        writer.write(encode(hello))
-        notice = await read(reader, silence_s=timeout_s)
+        wire = await Wire.come(reader, writer, token=token, timeout_s=timeout_s)
+        wire.write(hello)
+        notice = await wire.read(silence_s=timeout_s)
         if isinstance(notice, Refusal):
             raise NoNodeError(notice.why)
         if not isinstance(notice, Notice):
@@ -160,7 +216,7 @@ async def connect(
     except BaseException:
         writer.close()
         raise
-    return reader, writer, notice
+    return wire, notice
 
 
 def shared_token(folder: Path) -> str:

@@ -59,12 +59,14 @@ class Election:
     async def _never(self, meeting: Meeting, *, goes_on: bool) -> JobEnd:
         raise AssertionError
 
-    async def _connect(self, host: str, port: int, hello: NodeHello, *, timeout_s: float) -> tuple[Any, Any, Notice]:
+    async def _connect(
+        self, host: str, port: int, hello: NodeHello, *, token: str, timeout_s: float
+    ) -> tuple[Any, Notice]:
         self.asked += 1
         answer = self.answers[host]
         if isinstance(answer, str):
             raise NoNodeError(answer)
-        return None, _Nothing(), answer
+        return _Nothing(), answer
 
     @contextlib.asynccontextmanager
     async def searching(self, found: Node) -> AsyncIterator[asyncio.Task[str | None]]:
@@ -109,7 +111,8 @@ def test_the_first_that_is_there_leads_at_once(election: Election) -> None:
 def test_a_host_before_it_that_is_there_is_waited_for(election: Election) -> None:
     async def test() -> None:
         election.answers = {"n0": Notice(host="n0"), "n2": Notice(host="n2")}
-        async with election.searching(election.node(_HURRIED)) as looking:
+        launch = LaunchConfig(lost_host_seconds=1.1, start_timeout_seconds=0.2, wait_for_hosts_seconds=60.0)
+        async with election.searching(election.node(launch)) as looking:
             assert not looking.done()
             election.answers["n0"] = Notice(host="n0", leads=True)
             assert await looking == "n0"

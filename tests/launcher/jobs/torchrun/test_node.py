@@ -17,6 +17,7 @@ import pytest
 
 from launcher.child_ranks import free_port
 from launcher.errors import RunError
+from launcher.jobs.agents.handshake import Seal, answer, new_nonce
 from launcher.jobs.agents.protocol import ATTEMPT, HEAD, HOST_NAME, TOKEN
 from launcher.jobs.backend import AgentsStart
 from launcher.jobs.config import LaunchConfig
@@ -26,7 +27,15 @@ from launcher.jobs.torchrun import host_agent, node
 from launcher.jobs.torchrun.backend import TorchrunBackend
 from launcher.jobs.torchrun.meeting import Meeting
 from launcher.jobs.torchrun.node import Node
-from launcher.jobs.torchrun.notices import NodeHello, NoNodeError, connect, shared_token
+from launcher.jobs.torchrun.notices import (
+    AgentOrder,
+    NodeHello,
+    NoNodeError,
+    Notice,
+    connect,
+    encode,
+    shared_token,
+)
 from launcher.jobs.torchrun.roster import Roster
 from launcher.run_lock import locked_run
 from tests.launcher.jobs.fake_agent import in_time
@@ -288,13 +297,56 @@ def test_hosts_of_another_folder_are_refused_and_say_why(hosts: Hosts) -> None:
 def test_two_processes_that_claim_one_host_are_told(hosts: Hosts) -> None:
     async def lead(meeting: Meeting) -> JobEnd:
         await hosts.backend(meeting).hosts()
-        hello = NodeHello(token="secret", host="h1", rank=1, process="another", only_asks=False)
+        hello = NodeHello(host="h1", rank=1, process="another", only_asks=False)
         with pytest.raises(NoNodeError, match="does `mega launch` run twice on that host"):
-            await connect("127.0.0.1", hosts.port, hello, timeout_s=20.0)
+            await connect("127.0.0.1", hosts.port, hello, token="secret", timeout_s=20.0)
         return JobEnd(exit_code=0)
 
     async def test() -> None:
         assert await all_ends(hosts.node(0, lead), hosts.node(1)) == [0, 0]
+
+    in_time(test)
+
+
+def test_who_listens_without_the_token_does_not_hear_it_and_is_not_followed(hosts: Hosts) -> None:
+    heard = b""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal heard
+        heard += await reader.readline()
+        words, seal = answer("a guess", heard[-33:-1])
+        order = AgentOrder(
+            key="1", hosts=("h1",), environ={HEAD: "10.0.0.1:4711", ATTEMPT: "1"}, output=str(hosts.directory / "log")
+        )
+        writer.write(words + b"\n" + seal.seal(encode(Notice(host="h0", leads=True, order=order))) + b"\n")
+        heard += await reader.read()
+
+    async def test() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", hosts.port):
+            with pytest.raises(RunError, match="it launches another run, or this one in another folder"):
+                await hosts.node(1, launch=_HURRIED).run()
+        assert heard
+        assert b"secret" not in heard
+        assert not (hosts.directory / "h1-1").exists()
+
+    in_time(test)
+
+
+@pytest.mark.parametrize("guess", [None, b"guess"], ids=["without a proof", "with a wrong one"])
+def test_who_comes_without_the_token_is_not_heard(hosts: Hosts, guess: bytes | None) -> None:
+    async def lead(meeting: Meeting) -> JobEnd:
+        reader, writer = await asyncio.open_connection("127.0.0.1", hosts.port)
+        writer.write(new_nonce() + b"\n")
+        assert b"secret" not in await reader.readline()
+        hello = encode(NodeHello(host="h1", rank=1, process="x", only_asks=False))
+        writer.write((hello if guess is None else Seal(own_key=guess, other_key=guess).seal(hello)) + b"\n")
+        assert await reader.read() == b""
+        writer.close()
+        assert meeting.hosts() in ((), ("h0",))
+        return JobEnd(exit_code=0)
+
+    async def test() -> None:
+        assert await hosts.node(0, lead).run() == 0
 
     in_time(test)
 
