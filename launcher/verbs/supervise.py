@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -18,17 +19,22 @@ import typer
 
 from launcher.errors import RunError
 from launcher.output import Output
-from launcher.rank_process import stop_signals
+from launcher.rank_process import EXIT_STOPPED, stop_signals
 
 if TYPE_CHECKING:
+    from launcher.jobs.backend import Backend
+    from launcher.jobs.config import LaunchConfig
     from launcher.jobs.job import Job, JobEnd
     from launcher.jobs.job_record import JobFolder, JobRecord
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run's folder.")]
 
-_LOCK_SECONDS = 120.0
-"""The start before this one may still be ending, or the file system be slow to learn that its host is dead."""
+_LOCK_SECONDS = 60.0
+"""For the start before this one to end, and for the file system to learn that its host is dead, beside what that start itself
+may wait for."""
 _LOOK_SECONDS = 1.0
+_SAY_SECONDS = 60.0
+"""Between two words of what is waited for."""
 
 
 def supervise(out: Output, run: RunFolder) -> int:
@@ -49,7 +55,9 @@ def _supervise(run: Path, *, say: Callable[[str], None], warn: Callable[[str], N
     folder = JobFolder(directory)
     config = load_run_config([folder.config]).config
     backend = SlurmBackend(os.environ, config.slurm, directory, say=say, device=config.run.device)
-    with _locked(run, say):
+    with contextlib.ExitStack() as held:
+        if not _hold(run, held, say, patience_s=_longest_life(config.launch), requeue=partial(_requeue, backend)):
+            return EXIT_STOPPED
         _note_job(folder, os.environ["SLURM_JOB_ID"], warn)
         job = Job(
             config_file=folder.config,
@@ -122,25 +130,52 @@ def _with_job(record: JobRecord | None, job_id: str) -> JobRecord:
     )
 
 
-@contextlib.contextmanager
-def _locked(run: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds the run; waits for those who still do. Raises RunError where they do not let go, and where this process is told to
-    end in the meantime."""
+def _longest_life(launch: LaunchConfig) -> float:
+    """Seconds that a supervisor may hold the run whose host SLURM has given up, while it still writes to the run's folder."""
+    from launcher.jobs.job import Patience
+
+    its_hosts = launch.lost_host_seconds + launch.start_timeout_seconds + launch.wait_for_hosts_seconds
+    return its_hosts + Patience().scheduler + _LOCK_SECONDS
+
+
+def _requeue(backend: Backend) -> bool:
+    return asyncio.run(backend.requeue(without=(), reason="held"))
+
+
+def _hold(
+    run: Path,
+    held: contextlib.ExitStack,
+    say: Callable[[str], None],
+    *,
+    patience_s: float,
+    requeue: Callable[[], bool],
+) -> bool:
+    """Holds the run until `held` ends; waits for those who still do. False where they do not let go, and the job was queued
+    again instead. Raises RunError where it was not, and where this process is told to end in the meantime."""
     from launcher.run_lock import locked_run
 
-    deadline = time.monotonic() + _LOCK_SECONDS
-    with contextlib.ExitStack() as held:
-        while True:
+    deadline, say_at = time.monotonic() + patience_s, -math.inf
+    while True:
+        try:
+            held.enter_context(locked_run(run, say=say))
+            return True
+        except RunError as error:
+            # A warning of the time limit, or of preemption, can wait for the supervisor: it has the job started again.
+            if told := signal.sigpending() & {signal.SIGTERM, signal.SIGINT}:
+                names = " and ".join(signal.Signals(number).name for number in told)
+                raise RunError(f"told to end by {names} while waiting for the run: {error}") from error
+            is_over, why = time.monotonic() >= deadline, f"{error}"
+        if is_over:
             try:
-                held.enter_context(locked_run(run, say=say))
-                break
-            except RunError as error:
-                if time.monotonic() > deadline:
-                    raise
-                # A warning of the time limit, or of preemption, can wait for the supervisor: it has the job started again.
-                if told := signal.sigpending() & {signal.SIGTERM, signal.SIGINT}:
-                    names = " and ".join(signal.Signals(number).name for number in told)
-                    raise RunError(f"told to end by {names} while waiting for the run: {error}") from error
-                say(f"waiting: {error}")
-                time.sleep(_LOOK_SECONDS)
-        yield
+                if requeue():
+                    say(f"waited {patience_s:.0f} s: {why}; the job is queued again")
+                    return False
+            except RunError as error:  # SLURM may answer the next time, or the run be free
+                say(f"{error}; still waiting: {why}")
+            else:
+                raise RunError(why)
+        elif time.monotonic() >= say_at:
+            say_at = time.monotonic() + _SAY_SECONDS
+            left = f"{deadline - time.monotonic():.0f} s, as long as a supervisor whose host is lost may go on"
+            say(f"waiting up to {left}: {why}")
+        time.sleep(_LOOK_SECONDS)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from launcher.errors import RunError
 from launcher.jobs.job_record import JobFolder
 from launcher.output import Output
 from launcher.run_lock import locked_run
@@ -74,27 +75,47 @@ def test_a_start_waits_for_the_one_before(
 ) -> None:
     assert mega("launch", tiny, "--on", "slurm").code == 0
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(supervise, "_LOCK_SECONDS", -1.0)
-    with locked_run(folder.root.parent, say=print):
-        ended = mega("supervise", "runs/tiny")
-    assert ended.code == 1
-    assert "is being trained by pid" in ended.err
-
-    class WaitsError(Exception):
-        """It would wait."""
+    queue.job(NodeList="n1")
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, strftime=time.strftime)
+    waited: list[float] = []
 
     def sleep(seconds: float) -> None:
-        raise WaitsError
+        waited.append(seconds)
+        clock.now += seconds
 
-    said: list[str] = []
-    monkeypatch.setattr(supervise, "_LOCK_SECONDS", 1000.0)
-    monkeypatch.setattr(supervise, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
-    lock = supervise._locked(folder.root.parent, said.append)
-    with locked_run(folder.root.parent, say=print), pytest.raises(WaitsError), lock:
-        pass
-    assert said[0].startswith("waiting: run tiny is being trained by pid")
-    with supervise._locked(folder.root.parent, said.append):
-        assert len(said) == 1
+    clock.sleep = sleep
+    monkeypatch.setattr(supervise, "time", clock)
+    with locked_run(folder.root.parent, say=print):
+        ended = mega("supervise", "runs/tiny")
+    # launch.wait_for_hosts_seconds, and the scheduler's ten minutes, of the supervisor before it.
+    assert sum(waited) > 300 + 600
+    lines = [line for line in ended.err.splitlines() + ended.out.splitlines() if "is being trained by pid" in line]
+    assert "waiting up to 1095 s, as long as a supervisor whose host is lost may go on: run tiny is" in lines[0]
+    assert 10 < len(lines) < 30
+    assert (ended.code, lines[-1].endswith("the job is queued again")) == (75, True)
+    assert queue.calls("scontrol")[-1] == "scontrol requeue 7"
+    assert folder.read_state() is None  # that is the other supervisor's
+
+
+@pytest.mark.parametrize("answer", ["no", "none"])
+def test_a_start_that_waits_in_vain_ends_where_it_is_not_queued_again(folder: JobFolder, answer: str) -> None:
+    run, said, asked = folder.root.parent, [], []
+
+    def requeue() -> bool:
+        asked.append(answer)
+        if answer == "none" and len(asked) < 3:
+            raise RunError("slurmctld: timed out")
+        return False
+
+    hold = partial(supervise._hold, run, say=said.append, patience_s=0.0, requeue=requeue)
+    with locked_run(run, say=print), contextlib.ExitStack() as held, pytest.raises(RunError, match="is being trained"):
+        hold(held)
+    assert len(asked) == (3 if answer == "none" else 1)
+    assert [line.startswith("slurmctld: timed out; still waiting: run tiny is") for line in said] == [True] * (
+        len(asked) - 1
+    )
+    with contextlib.ExitStack() as held:
+        assert hold(held)
 
 
 @contextlib.contextmanager
@@ -113,7 +134,7 @@ def waiting_supervisor(folder: JobFolder) -> Iterator[subprocess.Popen[str]]:
         )
         try:
             assert process.stdout is not None
-            assert "waiting: run tiny is being trained by" in process.stdout.readline()
+            assert ": run tiny is being trained by" in process.stdout.readline()
             yield process
         except BaseException:
             process.kill()
