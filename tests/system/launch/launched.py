@@ -64,6 +64,11 @@ class Launched:
             command += ["--set", setting]
         self.nodes[host] = self.hosts.start(host, command, output=self._output(host), cwd=self.root)
 
+    def cancel_now(self, host: str) -> int:
+        """`mega cancel --now` on one host; its exit code."""
+        command = [sys.executable, "-m", "launcher", "cancel", str(self.directory.root), "--now"]
+        return self.hosts.start(host, command, output=self._output(host), cwd=self.root).wait(timeout=60.0)
+
     def end(self, *, seconds: float = _PATIENCE_SECONDS) -> dict[str, int]:
         """Waits until all hosts are done, and nothing is left on them; the exit codes."""
         deadline = time.monotonic() + seconds

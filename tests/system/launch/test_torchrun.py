@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from launcher.goodput import read_ledger
 from tests.megamodel.train.jobs import write_corpus
 from tests.requirements import require
 from tests.system.launch.hosts import LaunchHosts
@@ -67,6 +68,7 @@ def finishes_as_if_nothing_was(run: Launched, undisturbed: Run) -> None:
 def test_two_hosts_train_as_two_ranks_on_one_also_when_stopped_and_started_again(
     run: Launched, undisturbed: Run
 ) -> None:
+    run.settings = ("launch.preflight.enabled=true",)
     with run.started():
         train_until_disturbed(run)
         run.nodes["h1"].send_signal(signal.SIGTERM)
@@ -79,6 +81,8 @@ def test_two_hosts_train_as_two_ranks_on_one_also_when_stopped_and_started_again
         assert [event["step"] for event in run.events("resume")] == [saved]
         assert [(each["hosts"], each["num_ranks"]) for each in run.events("attempt")] == [(["h0", "h1"], 2)] * 2
         assert run.said("h1").count("h0 leads the job") == 2
+        preflights = [(each["attempt"], each["ok"], each["bad_hosts"]) for each in run.events("preflight")]
+        assert preflights == [(1, True, []), (2, True, [])], run.events("preflight")
 
 
 @pytest.mark.slow
@@ -137,10 +141,29 @@ def test_loss_of_the_host_that_leads_where_one_is_enough(run: Launched, undistur
         state = run.state()
         assert state is not None
         assert (state.state, state.host, state.restarts) == ("finished", "h1", 1)
+        (failure,) = run.events("failure")
+        assert (failure["kind"], failure["host"], failure["attempt"]) == ("host_lost", "h0", 1)
+        ledger = read_ledger(run.directory, now=None)
+        assert ledger is not None
+        assert ledger.spent["stopped"] == 0
+        assert ledger.spent["restarts"] >= 6e6  # for so long h1 hears nothing before it leads
     figures = undisturbed.figures()
     assert [step for step, *_ in run.figures()] == [step for step, *_ in figures]
     for (_, *mine), (_, *theirs) in zip(run.figures(), figures):
         assert mine == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_cancelled_at_once_ends_on_all_hosts(run: Launched) -> None:
+    with run.started():
+        train_until_disturbed(run)
+        assert run.cancel_now("h0") == 0, run.account()
+        assert run.end(seconds=30.0) == {"h0": -signal.SIGKILL, "h1": 75}, run.account()
+        state = run.state()
+        assert state is not None
+        assert (state.state, state.cause) == ("failed", "cancelled at once")
+        assert len(run.events("launch")) == 1
+        assert "h1 leads the job" not in run.said("h1")
 
 
 @pytest.mark.slow
