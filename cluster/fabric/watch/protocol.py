@@ -1,4 +1,4 @@
-"""How the parts of a watch talk: datagrams on a host, lines of JSON between hosts. Every word carries the run's token.
+"""How the parts of a watch talk: datagrams on a host, lines of JSON between hosts. Every word is signed with the run's token.
 
 On a host: sockets of the kernel's abstract names, so that no file is left behind, whoever is killed. Between hosts: TCP.
 """
@@ -19,6 +19,9 @@ DATAGRAM_BYTES = 160_000
 """Kernels send datagrams of about 200 kB without being asked for more."""
 _LINE_BYTES = 4_000_000
 """A peer that sends a longer line is none of ours."""
+_FIRST_LINE_BYTES = 2 * DATAGRAM_BYTES
+"""The same for its first line, before which it may be a stranger: what ranks say to their watcher fits."""
+_SIGNATURE_BYTES = 32
 Message = dict[str, Any]
 
 
@@ -126,6 +129,10 @@ class LineConnection:
         """Whether `flush` has something to do."""
         return bool(self._unsent)
 
+    @property
+    def _longest(self) -> int:
+        return _LINE_BYTES if self._is_known else _FIRST_LINE_BYTES
+
     def put(self, message: Mapping[str, Any]) -> None:
         """Queues a message. What a peer has not taken for long is dropped whole lines at a time."""
         line = _signed(message, self._token) + b"\n"
@@ -141,24 +148,20 @@ class LineConnection:
     def messages(self) -> Iterator[Message]:
         """All whole messages that have come. Raises OSError when the connection is gone, or is none of ours."""
         ended = False
-        start = len(self._token)
         with contextlib.suppress(BlockingIOError):
-            while not ended and len(self._received) < _LINE_BYTES:
+            while not ended and len(self._received) < self._longest:
                 data = self.socket.recv(1 << 16)
                 self._received += data
                 ended = not data
-                if not self._is_known and len(self._received) >= start:  # else a stranger could send megabytes
-                    self._is_known = hmac.compare_digest(bytes(self._received[:start]), self._token.encode())
-                    if not self._is_known:
-                        raise ConnectionAbortedError("a word without the run's token")
         *lines, rest = self._received.split(b"\n")
         self._received = bytearray(rest)
         for line in lines:
             message = _authentic(bytes(line), self._token)
             if message is None:
-                raise ConnectionAbortedError("a word without the run's token")
+                raise ConnectionAbortedError("a word without the run's signature")
+            self._is_known = True
             yield message
-        if ended or len(self._received) >= _LINE_BYTES:
+        if ended or len(self._received) >= self._longest:
             raise ConnectionResetError("the other end is gone")
 
     def close(self) -> None:
@@ -167,16 +170,22 @@ class LineConnection:
 
 
 def _signed(message: Mapping[str, Any], token: str) -> bytes:
-    """The token, then the message: nothing is made of what comes from those who do not know it."""
-    return token.encode() + json.dumps(message, separators=(",", ":")).encode()
+    """The message after its HMAC-SHA256 with the token, which itself is never sent: nothing is made of what comes from those
+    who do not know it."""
+    data = json.dumps(message, separators=(",", ":")).encode()
+    return _signature(data, token) + data
+
+
+def _signature(data: bytes, token: str) -> bytes:
+    return hmac.digest(token.encode(), data, "sha256").hex()[:_SIGNATURE_BYTES].encode()
 
 
 def _authentic(data: bytes, token: str) -> Message | None:
-    start = len(token)
-    if not hmac.compare_digest(data[:start], token.encode()):
+    words = data[_SIGNATURE_BYTES:]
+    if not hmac.compare_digest(data[:_SIGNATURE_BYTES], _signature(words, token)):
         return None
     try:
-        message = json.loads(data[start:])
+        message = json.loads(words)
     except (ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) else None
