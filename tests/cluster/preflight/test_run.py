@@ -16,7 +16,7 @@ from cluster.preflight.verdict import PreflightVerdict
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 
-OPTIONS = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=2.0, round_timeout_s=15.0, lazy=True)
+OPTIONS = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=5.0, round_timeout_s=15.0, lazy=True)
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
 Change = Callable[[int, dict[str, Any], Answer], dict[str, Any]]
 """Of a rank's answer to a question: rank, question, how it would answer."""
@@ -179,7 +179,7 @@ def test_a_folder_that_nobody_can_make_is_nobodys_fault(gloo_ranks: GlooPool, tm
 
 
 def without_the_last(world: World, directory: str, hosts: tuple[str, ...]) -> Any:
-    options = replace(OPTIONS, start_timeout_s=2.0)
+    options = replace(OPTIONS, start_timeout_s=6.0)
     return preflight(world, directory, options=options, world_size=3, hosts=hosts)
 
 

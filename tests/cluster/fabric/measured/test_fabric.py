@@ -21,7 +21,7 @@ from parallel.world import World
 from tests.gloo_pool import GlooPool
 
 PAIRS = np.array([[0, 1], [1, 0], [2, 3], [3, 2]])
-QUICK = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=2.0, round_timeout_s=15.0)
+QUICK = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=5.0, round_timeout_s=15.0)
 
 
 def _place(world: World) -> FabricPlace:
@@ -170,7 +170,7 @@ def _stalled(world: World) -> Any:
             return error.flows, str(error)
 
     send = sends_nothing if world.rank == 2 else TorchTransport._send
-    options = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=2.0, round_timeout_s=3.0)
+    options = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=5.0, round_timeout_s=6.0)
     with mock.patch.object(TorchTransport, "_send", send):
         return _run(world, work, options)
 
@@ -214,7 +214,7 @@ def test_a_large_group_connects_where_it_first_needs_to(gloo_ranks: GlooPool) ->
 
 
 def _differing(world: World) -> Any:
-    options = MeasureOptions(transport="gloo", silence_s=2.0, rails=world.rank == 1)
+    options = MeasureOptions(transport="gloo", silence_s=5.0, rails=world.rank == 1)
     return _run(world, lambda fabric: "measured", options)
 
 

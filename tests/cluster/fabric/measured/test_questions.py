@@ -18,7 +18,7 @@ from cluster.fabric.probing import UnresponsiveError
 from parallel.world import World
 from tests.gloo_pool import GlooPool
 
-LAZY = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=2.0, round_timeout_s=15.0, lazy=True)
+LAZY = MeasureOptions(transport="gloo", start_timeout_s=30.0, silence_s=5.0, round_timeout_s=15.0, lazy=True)
 
 
 def place_of(world: World, *, world_size: int | None = None) -> FabricPlace:
@@ -79,7 +79,7 @@ def asked_without_the_last(world: World) -> Any:
         fabric.announce({"missing": caught.value.ranks})
         return caught.value.ranks
 
-    options = MeasureOptions(transport="gloo", start_timeout_s=2.0, silence_s=2.0, lazy=True)
+    options = MeasureOptions(transport="gloo", start_timeout_s=6.0, silence_s=5.0, lazy=True)
     return run_on_fabric(place_of(world, world_size=3), options, work, answer=answer), heard
 
 
@@ -112,7 +112,7 @@ def test_nobody_but_rank_0_keeps_a_meeting_point() -> None:
 
 
 def differing(world: World) -> Any:
-    options = MeasureOptions(transport="gloo", silence_s=2.0, lazy=world.rank == 0)
+    options = MeasureOptions(transport="gloo", silence_s=5.0, lazy=world.rank == 0)
     try:
         return run_on_fabric(place_of(world), options, lambda fabric: "asked")
     except FabricError as error:

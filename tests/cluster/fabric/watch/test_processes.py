@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.fabric.watch.position import main_thread_position
+from cluster.fabric.watch.position import Position, main_thread_position
 from cluster.fabric.watch.processes import (
     ProcessId,
     Usage,
@@ -90,31 +90,38 @@ def test_this_process() -> None:
     assert this_process().pid == os.getpid()
 
 
-def _seen_from_a_thread(act: Callable[[threading.Event], None]) -> list[object]:
-    """Positions of the main thread while it is in `act`, which ends when its event is set."""
-    end = threading.Event()
-    seen: list[object] = []
+def _seen_from_a_thread(act: Callable[[], None], source: str, let_go: Callable[[], None]) -> Position:
+    """Where the main thread is while it is in `act`, at the words `source`; afterwards `let_go` ends that."""
+    seen: list[Position] = []
 
     def look() -> None:
-        time.sleep(0.3)
-        seen.append(main_thread_position())
-        end.set()
+        deadline = time.monotonic() + 20
+        try:
+            while not seen and time.monotonic() < deadline:
+                time.sleep(0.01)  # nothing tells that it has come there
+                position = main_thread_position()
+                if any(source in line for line in position.lines[:1]):
+                    seen.append(position)
+        finally:
+            let_go()
 
     thread = threading.Thread(target=look)
     thread.start()
-    act(end)
+    act()
     thread.join()
-    return seen
+    assert seen, f"it was never at {source}"
+    return seen[0]
 
 
 def test_a_main_thread_that_sleeps_waits_for_nobody() -> None:
-    def act(end: threading.Event) -> None:
+    end = threading.Event()
+
+    def act() -> None:
         while not end.is_set():
             time.sleep(0.05)
 
-    (position,) = _seen_from_a_thread(act)
+    position = _seen_from_a_thread(act, ": time.sleep(0.05)", end.set)
     assert not position.waits
-    assert "time.sleep(0.05)" in position.lines[0]
     assert "test_processes.py" in position.lines[0]
 
 
@@ -125,9 +132,7 @@ def test_a_main_thread_in_the_wait_of_native_code_waits_for_others() -> None:
     class Work:
         wait = lock.acquire  # native code, as the wait of a communication is
 
-    def act(end: threading.Event) -> None:
-        threading.Timer(0.8, lock.release).start()
+    def act() -> None:
         Work.wait()
 
-    (position,) = _seen_from_a_thread(act)
-    assert position.waits
+    assert _seen_from_a_thread(act, ": Work.wait()", lock.release).waits
