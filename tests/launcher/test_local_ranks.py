@@ -24,7 +24,7 @@ try:
     code = run_local_ranks(
         [], num_ranks=num_ranks, log_directory=logs, environ=os.environ, num_cores=6,
         say=lambda text: print("said:", text, flush=True), command=(sys.executable, "-c", script),
-        grace=Grace(own_end=1.5, terminated=0.3, stopped=0.3),
+        grace=Grace(own_end=4.0, terminated=0.3, stopped=2.0),
     )
     print(json.dumps({"code": code}), flush=True)
 except RankError as error:
@@ -46,6 +46,11 @@ def fail(message, code=1, at=None):
     record = {"at": at or time.time(), "message": message, "exit_code": code, "traceback": ""}
     path.write_text(json.dumps(record))
     sys.exit(code)
+def meet(num_ranks):
+    # One that starts late is not one that lives on after the others.
+    mark("here")
+    while not all((here / f"here-{other}").exists() for other in range(num_ranks)):
+        time.sleep(0.01)
 def hang():
     while True:
         time.sleep(60)
@@ -165,6 +170,7 @@ def test_the_first_cause_is_not_the_loss_of_a_peer(start: Start) -> None:
         3,
         _ENTER
         + """
+meet(3)
 if rank == 2:
     fail("the disk is full", at=200.0)
 fail("rank 0 of 3 lost the others in a barrier (Connection closed by peer)", at=100.0)
@@ -174,7 +180,7 @@ fail("rank 0 of 3 lost the others in a barrier (Connection closed by peer)", at=
 
 
 def test_the_earliest_failure_is_the_first_cause(start: Start) -> None:
-    driver = start(2, _ENTER + "fail(f'reason of rank {rank}', at=100.0 - rank)")
+    driver = start(2, _ENTER + "meet(2)\nfail(f'reason of rank {rank}', at=100.0 - rank)")
     assert driver.result()["error"].startswith("rank 1 of 2: reason of rank 1")
 
 
@@ -183,6 +189,7 @@ def test_a_rank_killed_by_a_signal_is_named(start: Start) -> None:
         2,
         _ENTER
         + """
+meet(2)
 if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 fail("rank 0 of 2 lost the others in an all-reduce")
@@ -276,13 +283,13 @@ def test_ranks_that_miss_one_that_has_stopped_have_stopped_too(start: Start) -> 
     driver = start(
         2,
         _ENTER
-        + "if rank == 1:\n    sys.exit(75)\nfail('rank 0 of 2 lost the others in an all-reduce (Connection closed)')",
+        + "meet(2)\nif rank == 1:\n    sys.exit(75)\nfail('rank 0 of 2 lost the others in an all-reduce (Connection closed)')",
     )
     assert driver.result() == {"code": 75}
 
 
 def test_a_rank_that_fails_beside_one_that_has_stopped_is_a_failure(start: Start) -> None:
-    driver = start(2, _ENTER + "if rank == 1:\n    sys.exit(75)\nfail('the disk is full')")
+    driver = start(2, _ENTER + "meet(2)\nif rank == 1:\n    sys.exit(75)\nfail('the disk is full')")
     assert driver.result() == {"error": "rank 0 of 2: the disk is full", "code": 1}
 
 

@@ -61,7 +61,7 @@ def are_gone(pids: Sequence[int]) -> bool:
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
             members.append(psutil.Process(pid))
-    return not psutil.wait_procs(members, timeout=10.0)[1]
+    return not psutil.wait_procs(members, timeout=60.0)[1]
 
 
 def torchrun(*arguments: str | Path) -> list[str | Path]:

@@ -132,7 +132,7 @@ def test_ranks_that_are_ended_are_asked_first_and_killed_then(job: TorchrunJob) 
         async with job.head("n1") as attempt:
             await job.start(attempt, python(script), ranks_per_host=2)
             await job.wait_for("ready-0", "ready-1")
-            await attempt.end_ranks(1.0)
+            await attempt.end_ranks(5.0)
             asked, killed = await ends(attempt, 2)
             assert (asked.code, asked.ended_by_us) == (75, True)
             assert killed.code != 0
@@ -193,7 +193,7 @@ def test_nothing_is_left_after_the_release(job: TorchrunJob) -> None:
             pids = [*job.pids(1), job.torchrun("n1").pid]
             await attempt.release()
             assert (await job.agent_ends("n1"))[0] == 0
-            assert not any(map(is_running, pids))
+            await until(lambda: not any(map(is_running, pids)))
 
     in_time(test)
 
