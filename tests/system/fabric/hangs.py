@@ -40,6 +40,8 @@ SCHEDULE = (
 """One step's collectives: axis and operation."""
 _GROUPS = {"tp": ((0, 1), (2, 3)), "dp": ((0, 2), (1, 3))}
 _START_SECONDS = 90.0
+_ORPHAN_SECONDS = 30.0
+_STACKS_SECONDS = 60.0
 _STEP_SECONDS = 0.02
 _NUMEL = 1000
 
@@ -81,7 +83,7 @@ class HangOutcome:
     ended: tuple[int, ...]
     """Ranks that ended by themselves."""
     orphans: tuple[int, ...]
-    """Processes of the watch that outlived the run by more than ten seconds."""
+    """Processes of the watch that outlived the run by more than `_ORPHAN_SECONDS`."""
     events: str
 
     @property
@@ -119,12 +121,12 @@ def run_hang(case: HangCase, directory: Path, *, patience_s: float = 40.0) -> Ha
         deadline = time.time() + patience_s
         while time.time() < deadline and not _findings(directory):
             if all(process.exitcode is not None for process in ranks.processes):
-                psutil.wait_procs(watchers, timeout=10)  # they have something to say yet
+                psutil.wait_procs(watchers, timeout=_ORPHAN_SECONDS)  # they have something to say yet
                 break
             time.sleep(0.05)  # a file has no event to wait for
         stacks = _stacks(directory, ranks.processes) if _findings(directory) else {}
         ended = tuple(number for number, process in enumerate(ranks.processes) if process.exitcode is not None)
-    _, alive = psutil.wait_procs(watchers, timeout=10)
+    _, alive = psutil.wait_procs(watchers, timeout=_ORPHAN_SECONDS)
     events = directory / "events.jsonl"
     return HangOutcome(
         findings=_findings(directory),
@@ -143,17 +145,22 @@ def _findings(directory: Path) -> tuple[RecordedFinding, ...]:
 
 
 def _stacks(directory: Path, processes: list[BaseProcess]) -> dict[int, str]:
-    """What each rank left, once each that still runs has left something."""
-    deadline = time.time() + 5.0
+    """What each rank left, once each that still runs has left all of it."""
+    deadline = time.monotonic() + _STACKS_SECONDS
     while True:
         texts = {}
         for number in range(NUM_RANKS):
             path = directory / "stacks" / f"rank-{number}.txt"
             texts[number] = path.read_text() if path.exists() else ""
         alive = [number for number, process in enumerate(processes) if process.exitcode is None]
-        if all(texts[number] for number in alive) or time.time() > deadline:
+        if all(_is_whole(texts[number]) for number in alive) or time.monotonic() > deadline:
             return texts
         time.sleep(0.05)
+
+
+def _is_whole(text: str) -> bool:
+    """Stacks are written line by line, the innermost function first: what runs the loop comes near the end."""
+    return text.endswith("\n") and ("in _run_rank" in text or text.startswith("No stacks"))
 
 
 @dataclass(kw_only=True)
