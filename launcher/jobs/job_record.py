@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -79,6 +79,7 @@ class JobFolder:
         """torchrun: the exit code of a job that has ended, for hosts that cannot hear it any more."""
         self._record = self.root / "job.json"
         self._state = self.root / "state.json"
+        self._excluded = self.root / "excluded_hosts.json"
         self._cancel = self.root / "cancel"
 
     def write_record(self, record: JobRecord) -> None:
@@ -104,6 +105,19 @@ class JobFolder:
     def read_state(self) -> SupervisorState | None:
         """None where no supervisor has begun, or the file is damaged."""
         return self._read(self._state, lambda data: SupervisorState(**{**data, "hosts": tuple(data["hosts"])}))
+
+    def excluded_hosts(self) -> dict[str, str]:
+        """Hosts that SLURM is not to give to this run any more, with the reason: those of earlier jobs too. Where hosts are
+        listed by hand, who lists one again wants it again."""
+        kept = self._read(self._excluded, lambda data: {str(host): str(reason) for host, reason in dict(data).items()})
+        record, state = self.read_record(), self.read_state()
+        found = state.excluded_hosts if record is not None and record.backend == "slurm" and state is not None else {}
+        return {**(kept or {}), **found}
+
+    def keep_excluded_hosts(self, hosts: Mapping[str, str]) -> None:
+        """Over launches."""
+        if hosts or self._excluded.exists():
+            _write(self._excluded, dict(hosts))
 
     def ask_to_cancel(self) -> None:
         """`mega cancel` says so here before it signals: who is told to stop then knows that it is for good."""

@@ -49,6 +49,10 @@ def cancel(out: Output, run: Run, now: Now = False) -> int:
         raise RunError(
             f"{directory.root}: was not started by `mega launch`; Ctrl-C or SIGTERM where `mega train` runs saves and ends it"
         )
+    if record.backend == "slurm" and record.job_id is None:
+        from launcher.jobs.inspection.status import UNCONFIRMED
+
+        raise RunError(f"{directory.root}: {UNCONFIRMED}. `squeue --me` and scancel see to it else")
     done = _in_queue(folder, record, now) if record.job_id is not None else _process(folder, record, state, now)
     out.say(done.sentence)
     out.result({"run_dir": str(directory.root), "job_id": record.job_id, "action": done.action})

@@ -50,6 +50,12 @@ ShowTemplate = Annotated[
     bool, typer.Option("--show-template", help="Print the template of the batch script, for slurm.template.")
 ]
 Wait = Annotated[bool, typer.Option("--wait", help="With slurm: return when the job has ended, with its exit code.")]
+ForgetExcluded = Annotated[
+    bool,
+    typer.Option(
+        "--forget-excluded", help="With slurm: ask for hosts again that earlier jobs of the run have left out."
+    ),
+]
 
 _BACKENDS = ("local", "torchrun", "slurm", "mpi")
 _LOOK_SECONDS = 2.0
@@ -67,6 +73,7 @@ def launch(
     dry_run: DryRun = False,
     show_template: ShowTemplate = False,
     wait: Wait = False,
+    forget_excluded: ForgetExcluded = False,
 ) -> int:
     """Run a configuration on hosts: checked before it is queued, watched, and started again where it fails."""
     if show_template:
@@ -74,10 +81,11 @@ def launch(
     if not files:
         raise ConfigError("CONFIG.toml is missing: name the configuration to launch")
     backend = _choose_backend(out, on)
-    _check_options(backend, hostfile=hostfile, node_rank=node_rank, rendezvous=rendezvous, wait=wait)
+    given = {"hostfile": hostfile, "node_rank": node_rank, "rendezvous": rendezvous}
+    _check_options(backend, **given, wait=wait, forget_excluded=forget_excluded)
     sets = [*(overrides or ()), *([] if nodes is None else [f"launch.nodes={nodes}"])]
+    from launcher.jobs.submission.free_run import check_is_free
     from launcher.jobs.submission.plan import plan_launch
-    from launcher.jobs.submission.submit import check_is_free
     from launcher.needed_packages import check_packages
     from launcher.run_record import changes_to_run
 
@@ -93,7 +101,7 @@ def launch(
     for doubt in plan.doubts:
         out.warn(doubt)
     if backend == "slurm":
-        return _on_slurm(out, plan, dry_run=dry_run, wait=wait)
+        return _on_slurm(out, plan, dry_run=dry_run, wait=wait, forget_excluded=forget_excluded)
     if dry_run:
         return _preview(out, plan)
     return _in_foreground(out, plan) if roster is None else _under_torchrun(out, plan, roster)
@@ -128,6 +136,7 @@ def _check_options(backend: BackendName, **given: Any) -> None:
         "node_rank": ("torchrun",),
         "rendezvous": ("torchrun",),
         "wait": ("slurm",),
+        "forget_excluded": ("slurm",),
     }
     problems = tuple(
         f"--{name.replace('_', '-')} means nothing with --on {backend}, only with {' and '.join(meant[name])}: leave it out"
@@ -162,14 +171,13 @@ def _under_torchrun(out: Output, plan: LaunchPlan, roster: Roster) -> int:
     return end.exit_code
 
 
-def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool) -> int:
+def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool, forget_excluded: bool) -> int:
     from launcher.jobs.job_record import JobFolder
     from launcher.jobs.slurm.script import render_script
     from launcher.jobs.submission.plan import working_directory
     from launcher.jobs.submission.submit import submit, try_submission
 
-    earlier = JobFolder(plan.run).read_state()
-    excluded = {} if earlier is None else earlier.excluded_hosts
+    excluded = {} if forget_excluded else JobFolder(plan.run).excluded_hosts()
     script = render_script(
         plan.config,
         ranks_per_node=plan.ranks_per_host,
@@ -178,6 +186,8 @@ def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool) -> in
     )
     for host, reason in excluded.items():
         out.say(f"not asked for: {host}, which an earlier job of this run has left out ({reason})")
+    if excluded:
+        out.say("--forget-excluded asks for all hosts again")
     has_sbatch = shutil.which("sbatch") is not None
     if not has_sbatch and not dry_run:
         raise ConfigError("--on slurm needs sbatch on PATH, and it is not there: run this where jobs are submitted")
@@ -191,18 +201,20 @@ def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool) -> in
         said = f"not asked: {error}"
     if dry_run:
         return _preview(out, plan, script=script, said=said)
-    submitted = submit(plan, script, os.environ, say=out.warn)
+    submitted = submit(plan, script, os.environ, say=out.warn, forget_excluded=forget_excluded)
+    answer = _say_queued(out, plan, submitted.job_id)
+    if wait:
+        return _wait(out, plan, submitted, answer)
+    out.result(answer)
+    return 0
+
+
+def _say_queued(out: Output, plan: LaunchPlan, job_id: str) -> dict[str, Any]:
+    """Returns the result for programs."""
     run, name = plan.run.root, plan.config.run.name
-    answer = {
-        "job_id": submitted.job_id,
-        "run_dir": str(run),
-        "backend": "slurm",
-        "nodes": plan.nodes_asked,
-        "ranks": plan.num_ranks,
-    }
     spares = plan.nodes_asked - plan.config.launch.nodes
     hosts = f"{plan.config.launch.nodes} hosts" + (f" and {spares} spare" if spares else "")
-    out.say(f"Job {submitted.job_id} is queued: {plan.num_ranks} ranks on {hosts}. Run folder: {run}")
+    out.say(f"Job {job_id} is queued: {plan.num_ranks} ranks on {hosts}. Run folder: {run}")
     out.say("What to do next:")
     named = name if plan.config.run.directory == "runs" else str(run)
     for command, what in (
@@ -211,10 +223,13 @@ def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool) -> in
         (f"mega cancel {named}", "saves, and ends it"),
     ):
         out.say(f"  {command:40} # {what}")
-    if wait:
-        return _wait(out, plan, submitted, answer)
-    out.result(answer)
-    return 0
+    return {
+        "job_id": job_id,
+        "run_dir": str(run),
+        "backend": "slurm",
+        "nodes": plan.nodes_asked,
+        "ranks": plan.num_ranks,
+    }
 
 
 def _wait(out: Output, plan: LaunchPlan, submitted: Submitted, answer: dict[str, Any]) -> int:

@@ -239,6 +239,7 @@ def test_where_it_runs_when_nobody_says(
         ([], "CONFIG.toml is missing"),
         (["{tiny}", "--on", "slrum"], "--on slrum: must be local, torchrun, slurm or mpi"),
         (["{tiny}", "--on", "slurm", "--hostfile", "h"], "--hostfile means nothing with --on slurm, only with mpi and torchrun"),
+        (["{tiny}", "--on", "local", "--forget-excluded"], "--forget-excluded means nothing with --on local, only with slurm"),
         (["{tiny}", "--on", "local", "--wait"], "--wait means nothing with --on local, only with slurm"),
         (["{tiny}", "--on", "local", "--node-rank", "1", "--rendezvous", "h:1"], "--rendezvous means nothing"),
         (["{tiny}", "--on", "mpi", "--hostfile", "nowhere"], "nowhere: the list of hosts cannot be read"),
@@ -292,9 +293,30 @@ def test_a_job_that_is_just_ending_is_waited_for(mega: Mega, tiny: Path, queue: 
     assert queue.calls("sbatch")[-1].startswith("sbatch --parsable --dependency=afterany:5 ")
     # What was bad is not asked for; what the earlier job has left is not taken for this one's.
     assert "not asked for: n3, which an earlier job of this run has left out (its link is slow)" in ended.out
+    assert "--forget-excluded asks for all hosts again" in ended.out
     assert "#SBATCH --exclude=n3\n" in folder.script.read_text()
     assert folder.read_state() is None
     assert not folder.is_cancelled()
+
+
+def test_bad_hosts_stay_out_over_launches_until_they_are_forgotten(
+    mega: Mega, tiny: Path, queue: FakeSlurm, folder: JobFolder
+) -> None:
+    folder.write_record(job_record())
+    folder.write_state(state("failed", excluded_hosts={"n3": "its link is slow"}))
+    for _ in range(2):
+        assert mega("launch", tiny, "--on", "slurm").code == 0
+        assert "#SBATCH --exclude=n3\n" in folder.script.read_text()
+        shown = mega("status", "tiny", "--json").json
+        assert (shown["excluded_hosts"], shown["excluded_because"]) == (["n3"], {"n3": "its link is slow"})
+    folder.write_state(state("failed", excluded_hosts={"n4": "its disk"}))
+    assert mega("launch", tiny, "--on", "slurm").code == 0
+    assert "#SBATCH --exclude=n3,n4\n" in folder.script.read_text()
+    assert mega("launch", tiny, "--on", "slurm", "--forget-excluded").code == 0
+    assert "--exclude" not in folder.script.read_text()
+    assert mega("launch", tiny, "--on", "slurm").code == 0
+    assert "--exclude" not in folder.script.read_text()
+    assert mega("status", "tiny", "--json").json["excluded_hosts"] == []
 
 
 def test_waiting_for_the_end(

@@ -7,6 +7,7 @@ import contextlib
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.agents.protocol import ATTEMPT
@@ -18,6 +19,7 @@ from launcher.jobs.slurm.guard import guard_command
 from launcher.jobs.slurm.step import step_command, step_environ, step_options
 from megamodel.train.run_directory import RunDirectory
 
+T = TypeVar("T")
 RUN = "MEGA_RUN"
 """For those who look at a host's processes: which run an agent, or a rank, belongs to."""
 
@@ -153,29 +155,31 @@ class SlurmBackend:
 
         False for a job that is being cancelled, since SLURM would start that one again too, and where SLURM refuses for good.
         """
-        if not await self._unless_refused(self._requeue):
+        job = await self._unless_refused(self._requeue, otherwise=None)
+        if job is None:
             return False
         if without:
-            await self._exclude(without)
+            await self._exclude(without, job)
         return True
 
-    async def _requeue(self) -> bool:
+    async def _requeue(self) -> JobInfo | None:
+        """The job as it was before; None where it is not queued again."""
         job = await show_job(self._job_id, self._environ)
         if self._is_requeued(job):
-            return True
+            return job
         if job.state in ("COMPLETING", "CANCELLED") and job.reason != "TimeLimit":
             self._say(f"job {self._job_id} is being cancelled, so it is not queued again")
-            return False
+            return None
         if not self._may_requeue():
-            return False
+            return None
         answer = await call("scontrol", "requeue", self._job_id, environ=self._environ)
         if answer.code:
             raise RunError(f"scontrol requeue {self._job_id}: {answer.complaint}")
-        return True
+        return job
 
     async def is_preempted(self) -> bool:
         """Whether SLURM needs the hosts for others, or the time is over, or it has queued the job again already."""
-        return await self._unless_refused(self._is_preempted)
+        return await self._unless_refused(self._is_preempted, otherwise=False)
 
     async def _is_preempted(self) -> bool:
         job = await show_job(self._job_id, self._environ)
@@ -185,15 +189,15 @@ class SlurmBackend:
         """Whether SLURM has decided so itself."""
         return job.restarts > self._restarts
 
-    async def _unless_refused(self, ask: Callable[[], Awaitable[bool]]) -> bool:
-        """What `ask` returns; False where SLURM refuses for good, which is told. Any other RunError may be over soon."""
+    async def _unless_refused(self, ask: Callable[[], Awaitable[T]], *, otherwise: T) -> T:
+        """What `ask` returns; `otherwise` where SLURM refuses for good, which is told. Any other RunError may be over soon."""
         try:
             return await ask()
         except RunError as error:
             if not any(words in str(error).lower() for words in _FOR_GOOD):
                 raise
             self._say(f"SLURM refuses: {error}")
-            return False
+            return otherwise
 
     def _may_requeue(self) -> bool:
         if not self._slurm.requeue:
@@ -206,9 +210,13 @@ class SlurmBackend:
             return False
         return True
 
-    async def _exclude(self, hosts: Sequence[str]) -> None:
-        """A running job's list cannot be changed; that of one that is queued again can, at once."""
-        every = ",".join(filter(None, [self._slurm.exclude, *hosts]))
+    async def _exclude(self, hosts: Sequence[str], job: JobInfo) -> None:
+        """A running job's list cannot be changed; that of one that is queued again can, at once. Who is in it stays there."""
+        import hostlist
+
+        listed = job.excluded or self._slurm.exclude or ""
+        known = () if "/" in listed else hostlist.expand_hostlist(listed)  # sbatch takes a file of hosts, too
+        every = ",".join(filter(None, [listed, *(host for host in hosts if host not in known)]))
         problem = ""
         # The SIGTERM that a requeue brings reaches this process's children too.
         for _ in range(_EXCLUDE_TRIES):

@@ -42,6 +42,8 @@ class RunFacts:
     run: RunDirectory
     record: JobRecord | None
     state: SupervisorState | None
+    excluded_hosts: Mapping[str, str]
+    """Hosts that the job does not use, with the reason; of SLURM those of earlier jobs of the run too."""
     heard: float | None
     """When the supervisor gave word of itself last, in seconds since 1970."""
     events: tuple[Mapping[str, Any], ...]
@@ -80,6 +82,7 @@ def look_at(run: RunDirectory) -> RunFacts:
         run=run,
         record=_undamaged(folder.read_record),
         state=state,
+        excluded_hosts=_undamaged(lambda: _excluded_hosts(folder)) or {},
         heard=None if state is None else max(state.updated, _modified(folder.root / "state.json")),
         events=events,
         is_held=is_held(run.root),
@@ -124,6 +127,13 @@ def _sound(state: SupervisorState | None) -> SupervisorState | None:
     ):
         raise ValueError("damaged")
     return state
+
+
+def _excluded_hosts(folder: JobFolder) -> dict[str, str]:
+    record, state = folder.read_record(), _sound(folder.read_state())
+    if record is not None and record.backend == "slurm":
+        return folder.excluded_hosts()
+    return {} if state is None else state.excluded_hosts
 
 
 def _whole_events(run: RunDirectory) -> list[Mapping[str, Any]]:

@@ -17,6 +17,7 @@ SILENT_SECONDS = 30.0
 """A supervisor that lives writes its state every few seconds."""
 _FRESH_SECONDS = 120.0
 """Where a file system has no locks, a run that has written nothing for so long, or for ten of its steps, does not train."""
+UNCONFIRMED = "SLURM has not confirmed the job: the same `mega launch` finds it, or submits it"
 
 AskQueue = Callable[[Sequence[str]], Mapping[str, QueuedJob] | None]
 
@@ -89,6 +90,7 @@ def run_statuses(
 def _status(facts: RunFacts, verdict: _Verdict, now: float) -> RunStatus:
     pace, state = facts.pace, facts.state if not _is_plain(facts) else None
     last = facts.events[-1] if facts.events else None
+    excluded = {} if _is_plain(facts) else facts.excluded_hosts
     eta = None
     if verdict.state == "running" and pace.step_s is not None and facts.total_steps is not None:
         since = 0.0 if pace.time is None else max(0.0, now - pace.time)
@@ -110,8 +112,8 @@ def _status(facts: RunFacts, verdict: _Verdict, now: float) -> RunStatus:
         backend=facts.record.backend if facts.record is not None else None,
         job_id=facts.record.job_id if facts.record is not None else None,
         hosts=state.hosts if state is not None else (str(begin["host"]),) if "host" in begin else (),
-        excluded_hosts=tuple(state.excluded_hosts) if state is not None else (),
-        excluded_because=dict(state.excluded_hosts) if state is not None else {},
+        excluded_hosts=tuple(excluded),
+        excluded_because=dict(excluded),
         last_event=None if last is None else event_words(last),
         last_event_age_s=None if last is None else max(0.0, now - last["time"]),
         queue_reason=verdict.queue_reason,
@@ -160,6 +162,8 @@ def _judge_waiting(facts: RunFacts, queue: Mapping[str, QueuedJob] | None, now: 
         if queue is None or now - record.submitted < SILENT_SECONDS:  # nobody knows better, or knows it yet
             return _Verdict(state="queued")
         where = f"job {record.job_id} is not in the queue any more, and its supervisor never began"
+    elif record.backend == "slurm":
+        return _Verdict(state="queued", queue_reason=UNCONFIRMED)
     elif now - record.submitted < SILENT_SECONDS:
         return _Verdict(state="queued")
     else:

@@ -68,6 +68,8 @@ class JobInfo:
     """Starts after the first. Counts up when the job is to start again, while the earlier start still ends."""
     hosts: tuple[str, ...]
     """That it has now: lost ones are not among them any more."""
+    excluded: str
+    """Hosts that it is not to get, as SLURM writes them."""
     batch_host: str
     """Of the batch script."""
     is_preempted: bool
@@ -127,6 +129,7 @@ def parse_job(text: str) -> JobInfo:
         reason=field("Reason"),
         restarts=int(field("Restarts") or 0),
         hosts=tuple(hostlist.expand_hostlist(field("NodeList"))),
+        excluded=field("ExcNodeList"),
         batch_host=field("BatchHost"),
         is_preempted=bool(field("PreemptTime")),
     )

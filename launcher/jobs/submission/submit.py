@@ -15,10 +15,10 @@ from pathlib import Path
 from launcher.config import resolved_toml
 from launcher.errors import ConfigError, RunError
 from launcher.jobs.job_record import JobFolder, JobRecord
-from launcher.jobs.slurm.client import Answer, call, directives_of, environ_for_sbatch
-from launcher.jobs.slurm.squeue import jobs_in_queue
+from launcher.jobs.slurm.client import Answer, NoAnswerError, call, directives_of, environ_for_sbatch
+from launcher.jobs.submission.free_run import check_is_free, find_submitted
 from launcher.jobs.submission.plan import LaunchPlan
-from launcher.run_lock import LOCK_NAME, is_held, locked_run
+from launcher.run_lock import LOCK_NAME, locked_run
 from megamodel.train.run_directory import RunDirectory
 
 _SUBMIT_SECONDS = 60.0
@@ -31,35 +31,6 @@ _MAY_BE_FOR_NOW = (
 # What clients say where there is SLURM, and no cluster that answers.
 _NO_CLUSTER = ("Could not establish a configuration source", "Unable to contact slurm controller")
 _OUT_OF_SERVICE = "down,drain,fail,no_respond,maint,powering_down,powered_down,unknown"
-
-
-def check_is_free(run: RunDirectory) -> str | None:
-    """Raises RunError where the run trains, or is about to. Returns the id of a job of it that is just ending, if any: the
-    next one must start after it."""
-    folder = JobFolder(run)
-    record, state = folder.read_record(), folder.read_state()
-    has_ended = state is not None and state.state in ("finished", "failed")
-    if record is not None and record.job_id is not None:
-        queued = (jobs_in_queue([record.job_id]) or {}).get(record.job_id)
-        if queued is not None and has_ended and not queued.waits:
-            return record.job_id
-        if queued is not None:
-            raise RunError(
-                f"run {run.root.name} is job {record.job_id} in SLURM's queue already ({queued.state}): "
-                f"`mega status {run.root}` tells more, `mega cancel {run.root}` ends it"
-            )
-    if is_held(run.root):
-        raise RunError(
-            f"run {run.root.name} is being trained by {_holder(run)}: stop it (`mega cancel {run.root}` where it was launched), "
-            "or set run.name"
-        )
-    return None
-
-
-def _holder(run: RunDirectory) -> str:
-    with contextlib.suppress(OSError):
-        return (run.root / LOCK_NAME).read_text(encoding="utf-8", errors="replace").strip() or "another process"
-    return "another process"
 
 
 def try_submission(script: str, environ: Mapping[str, str]) -> str:
@@ -101,33 +72,67 @@ class Submitted:
     folder: JobFolder
 
 
-def submit(plan: LaunchPlan, script: str, environ: Mapping[str, str], *, say: Callable[[str], None]) -> Submitted:
+class UnknownSubmissionError(RunError):
+    """SLURM may have taken the job, or not."""
+
+
+def submit(
+    plan: LaunchPlan,
+    script: str,
+    environ: Mapping[str, str],
+    *,
+    say: Callable[[str], None],
+    forget_excluded: bool = False,
+) -> Submitted:
     """Queues the job. Raises RunError where the run is not free (any more), ConfigError where SLURM refuses the job; then
-    nothing of it is left."""
+    nothing of it is left. UnknownSubmissionError where SLURM does not say whether it has taken it: all is left for it."""
     folder = JobFolder(plan.run)
     with _clean_unless_queued(plan.run, folder), _one_at_a_time(folder, say):
         ending = check_is_free(plan.run)
         earlier = folder.read_record()
-        record = write_job_files(plan, script=script)
+        record = write_job_files(plan, script=script, forget_excluded=forget_excluded)
         # The supervisor may begin before sbatch has told its number here.
         after = () if ending is None else (f"--dependency=afterany:{ending}",)
-        answer = _sbatch("--parsable", *after, str(folder.script), directives=script, environ=environ)
-        job_id = (
-            answer.out.strip().splitlines()[-1].partition(";")[0] if answer.code == 0 and answer.out.strip() else ""
-        )
-        if not job_id.isdecimal():
+        try:
+            job_id = _queue(folder, record, *after, script=script, environ=environ)
+        except UnknownSubmissionError:
+            raise
+        except (ConfigError, RunError):
             folder.forget_record()
             if earlier is not None:
                 folder.write_record(earlier)
-            raise ConfigError(f"SLURM did not take this job: {answer.complaint}")
+            raise
         folder.write_record(replace(record, job_id=job_id))
     return Submitted(job_id=job_id, folder=folder)
 
 
-def write_job_files(plan: LaunchPlan, *, script: str | None = None) -> JobRecord:
-    """The configuration as it is now, the script, and the record; what an earlier job has left there is forgotten."""
+def _queue(folder: JobFolder, record: JobRecord, *options: str, script: str, environ: Mapping[str, str]) -> str:
+    """The job's id."""
+    try:
+        answer = _sbatch("--parsable", *options, str(folder.script), directives=script, environ=environ)
+        silence = answer.complaint if answer.is_lost else None
+    except NoAnswerError as error:
+        silence = str(error)
+    if silence is not None:
+        if (found := find_submitted(folder, record.earlier_job_ids)) is not None:
+            return found
+        raise UnknownSubmissionError(
+            f"{silence}. Whether the job is queued is not known, so {folder.root} is left for it. `squeue --me` tells; "
+            "the same `mega launch` finds it, or submits it"
+        )
+    job_id = answer.out.strip().splitlines()[-1].partition(";")[0] if answer.code == 0 and answer.out.strip() else ""
+    if not job_id.isdecimal():
+        raise ConfigError(f"SLURM did not take this job: {answer.complaint}")
+    return job_id
+
+
+def write_job_files(plan: LaunchPlan, *, script: str | None = None, forget_excluded: bool = False) -> JobRecord:
+    """The configuration as it is now, the script, and the record; what an earlier job has left there is forgotten, but for
+    the hosts that SLURM is not to give again."""
     folder = JobFolder(plan.run)
     folder.root.mkdir(parents=True, exist_ok=True)
+    earlier = folder.read_record()
+    folder.keep_excluded_hosts({} if forget_excluded else folder.excluded_hosts())
     folder.forget_before_launch()
     _write(folder.config, f"# As it was launched: the job's ranks run with it.\n{resolved_toml(plan.config)}")
     if script is not None:
@@ -138,6 +143,7 @@ def write_job_files(plan: LaunchPlan, *, script: str | None = None) -> JobRecord
         submitted=time.time(),
         submitted_from=socket.gethostname(),
         nodes=plan.nodes_asked,
+        earlier_job_ids=() if earlier is None else tuple(filter(None, [*earlier.earlier_job_ids, earlier.job_id])),
     )
     folder.write_record(record)
     return record
@@ -168,6 +174,8 @@ def _clean_unless_queued(run: RunDirectory, folder: JobFolder) -> Iterator[None]
     is_new, has_folder = not run.root.exists(), folder.root.exists()
     try:
         yield
+    except UnknownSubmissionError:
+        raise
     except (ConfigError, RunError):
         if not has_folder:
             shutil.rmtree(folder.root, ignore_errors=True)

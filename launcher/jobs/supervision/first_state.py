@@ -36,7 +36,8 @@ def first_state(job: Job) -> FirstState:
         "hosts": (),
     }
     if earlier is None:
-        return FirstState(state=SupervisorState(state="running", **now))
+        excluded = job.folder.excluded_hosts() if job.backend.name == "slurm" else {}
+        return FirstState(state=SupervisorState(state="running", excluded_hosts=excluded, **now))
     state: JobState = "restarting" if earlier.attempt else "running"
     if earlier.state in ("failed", "finished"):
         # Somebody wants it all the same, as by `sbatch` with its script: that counts more than what ended it. But a scheduler

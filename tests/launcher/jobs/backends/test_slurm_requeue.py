@@ -21,6 +21,14 @@ def test_another_start_on_other_hosts(fake_slurm: FakeSlurm, tmp_path: Path) -> 
     assert fake_slurm.calls()[1:] == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n[8-9],n2,n3"]
 
 
+def test_hosts_that_the_job_is_not_to_get_already_stay_out(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    """Those of the script, which an earlier job of the run has found bad, and those of an administrator."""
+    case = Case(tmp_path, SlurmConfig(exclude="n9"))
+    fake_slurm.job(ExcNodeList="n[2,9],x1")
+    assert run(case.backend.requeue(without=("n2", "n3"), reason="hosts"))
+    assert fake_slurm.calls()[-1] == "scontrol update JobId=7 ExcNodeList=n[2,9],x1,n3"
+
+
 def test_the_signal_of_a_requeue_keeps_no_bad_host_in_the_job(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
     """It ends the very program that is just to keep them out."""
     case = Case(tmp_path)

@@ -135,6 +135,23 @@ def test_a_supervised_run(run: MadeRun) -> None:
     assert status.eta_s == pytest.approx(70 * 2.0 - 1.0)
 
 
+def test_a_job_that_slurm_has_not_confirmed_may_wait(run: MadeRun) -> None:
+    run.launched(ago=500, job_id=None)
+    status = seen(run, asks=False)
+    assert status.state == "queued"
+    assert "the same `mega launch` finds it" in (status.queue_reason or "")
+
+
+def test_hosts_that_an_earlier_job_has_left_out_are_told_before_this_one_begins(run: MadeRun) -> None:
+    run.launched(ago=500)
+    run.folder.keep_excluded_hosts({"n3": "its link is slow"})
+    assert seen(run, PENDING).excluded_because == {"n3": "its link is slow"}
+    run.supervised("running", ago=1, excluded_hosts={"n4": "its disk"})
+    assert seen(run, asks=False).excluded_hosts == ("n3", "n4")
+    run.launched(ago=500, backend="mpi", job_id=None)  # whose hosts somebody lists
+    assert seen(run, asks=False).excluded_hosts == ("n4",)
+
+
 @pytest.mark.parametrize("state", ["finished", "failed"])
 def test_what_a_supervisor_has_ended_with_stands(run: MadeRun, state: str) -> None:
     run.launched(ago=5000)

@@ -34,7 +34,13 @@ def run(work: Awaitable[T]) -> T:
 
 def test_a_job() -> None:
     assert parse_job(RUNNING_JOB) == JobInfo(
-        state="RUNNING", reason="", restarts=0, hosts=("n1", "n2", "n3", "n4"), batch_host="n1", is_preempted=False
+        state="RUNNING",
+        reason="",
+        restarts=0,
+        hosts=("n1", "n2", "n3", "n4"),
+        excluded="",
+        batch_host="n1",
+        is_preempted=False,
     )
     preempted = parse_job(RUNNING_JOB.replace("PreemptTime=None", "PreemptTime=2026-11-23T11:01:12"))
     assert preempted.is_preempted

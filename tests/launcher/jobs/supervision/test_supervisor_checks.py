@@ -348,3 +348,12 @@ def test_no_rank_outlives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not any(map(is_running, pids)))
     state = json.loads((tmp_path / "job" / "launch" / "state.json").read_text())
     assert (state["state"], state["hosts"]) == ("running", ["a", "b"])
+
+
+def test_a_first_start_leaves_out_what_earlier_jobs_of_slurm_have_found(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["a", "b"], "checkpoint(4)", launch="nodes = 1")
+    job.folder.keep_excluded_hosts({"a": "it is slow"})
+    job.backend.name = "slurm"
+    assert job.supervise().exit_code == 0
+    assert job.backend.starts == [("b",)]
+    assert job.state().excluded_hosts == {"a": "it is slow"}
