@@ -30,6 +30,7 @@ from launcher.jobs.supervision.attempt_end import AttemptEnd, Failure
 from launcher.jobs.supervision.attempt_run import AttemptRun, not_begun
 from launcher.jobs.supervision.decision import decide, without_progress
 from launcher.jobs.supervision.first_state import first_state
+from launcher.jobs.supervision.host_lack import host_count, not_there
 from launcher.jobs.supervision.progress import newest_checkpoint
 from launcher.rank_process import EXIT_INTERRUPTED, EXIT_STOPPED
 from launcher.run_record import new_attempt
@@ -74,6 +75,8 @@ class _Supervisor:
         self._losses: Counter[str] = Counter()
         """Of each host: attempts in a row, of those that it was part of, in which it was lost."""
         self._last_failure: Failure | None = None
+        self._hosts_unknown: str | None = None
+        """Why nobody knows which hosts are there."""
         self._fitting: dict[int, bool] = {}
 
     @property
@@ -124,10 +127,12 @@ class _Supervisor:
     async def _wait_for_hosts(self) -> tuple[str, ...]:
         """The hosts of the next attempt; none where too few come within the time for that, or a stop is asked."""
         deadline = time.monotonic() + self._job.launch.wait_for_hosts_seconds
-        is_told = False
+        is_told, cause = False, self._state.cause
         while True:
             available = await self._available()
             if chosen := self._choose(available):
+                if is_told:
+                    await self._journal.update(cause=cause)
                 return chosen
             # Where even that is not known now, it may be in a while.
             can_come_back = (possible := await self._possible()) is None or bool(self._choose(possible))
@@ -137,21 +142,31 @@ class _Supervisor:
                 is_told = True
                 need = self._job.launch.fewest_nodes
                 await self._journal.event("wait_for_hosts", have=len(available), need=need)
-                seconds = self._job.launch.wait_for_hosts_seconds
-                self._job.say(
-                    f"{_hosts(len(available))} there, and {need} needed: waiting up to {seconds:g} s for others"
-                )
+                seconds, lack = self._job.launch.wait_for_hosts_seconds, await self._lack("there", available)
+                await self._journal.update(cause=f"waiting for hosts: {lack}")
+                self._job.say(f"{lack}: waiting up to {seconds:g} s for others")
             if await self._stop.sleep(self._job.patience.hosts):
                 return ()
 
     async def _available(self) -> tuple[str, ...]:
         """Hosts that are there, without those that are not used any more."""
         try:
-            hosts = tuple(await self._job.backend.hosts())
+            hosts, unknown = tuple(await self._job.backend.hosts()), None
         except RunError as error:  # the scheduler may answer the next time
-            self._job.say(f"hosts are not known now: {error}")
-            hosts = ()
+            hosts, unknown = (), f"hosts are not known: {error}"
+        if unknown is not None and unknown != self._hosts_unknown:
+            self._job.say(unknown)
+        self._hosts_unknown = unknown
         return tuple(host for host in hosts if host not in self._state.excluded_hosts)
+
+    async def _lack(self, where: str, available: Sequence[str]) -> str:
+        """How many hosts there are, and who is missing, or why that is not known."""
+        count = host_count(len(available), where, self._job.launch)
+        if self._hosts_unknown is not None:
+            return f"{count}; {self._hosts_unknown}"
+        here = {*available, *self._state.excluded_hosts}
+        missing = [host for host in await self._possible() or () if host not in here]
+        return count + await not_there(self._job.backend.name, missing)
 
     async def _possible(self) -> tuple[str, ...] | None:
         """Hosts that are there or may come back; None where nobody knows."""
@@ -261,11 +276,11 @@ class _Supervisor:
 
     async def _end_without_hosts(self) -> JobEnd:
         """Asks for another start of the job on other hosts, or ends it."""
-        have, need = len(await self._available()), self._job.launch.fewest_nodes
+        lack = await self._lack("left", await self._available())
         reasons = [f"{host}: {reason}" for host, reason in self._state.excluded_hosts.items()]
         not_used = f"; not used any more: {'; '.join(reasons)}" if reasons else ""
         after = f"; before that: {self._last_failure.message}" if self._last_failure is not None else ""
-        cause = f"{_hosts(have)} left, and {need} needed{not_used}{after}"
+        cause = f"{lack}{not_used}{after}"
         if await self._requeue("hosts", cause):
             return JobEnd(exit_code=EXIT_STOPPED, cause=cause, requeued=True)
         return await self._give_up(cause, 1 if self._last_failure is None else self._last_failure.exit_code)
@@ -370,7 +385,3 @@ class _Supervisor:
         await self._journal.event("requeue", reason=reason, without=without)
         self._job.say(f"{cause}; the job is queued again" + (f", without {', '.join(without)}" if without else ""))
         return True
-
-
-def _hosts(number: int) -> str:
-    return "1 host is" if number == 1 else f"{number} hosts are" if number else "no host is"

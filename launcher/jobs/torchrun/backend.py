@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from launcher.jobs.agents.protocol import ATTEMPT, TOKEN
 from launcher.jobs.backend import Agents, AgentsStart
 from launcher.jobs.stop_asked import StopAsked
+from launcher.jobs.supervision.host_lack import not_there
 from launcher.jobs.torchrun.meeting import Meeting
 from launcher.jobs.torchrun.notices import AgentOrder
 
 _END_SECONDS = 12.0
 """For hosts to end their agents: these ask their ranks first."""
+_AT_ONCE_SECONDS = 1.0
 
 
 class TorchrunBackend:
@@ -40,7 +42,7 @@ class TorchrunBackend:
         """
         self.is_restart = goes_on
         self._meeting = meeting
-        self._known = dict.fromkeys(listed)
+        self._known = {host: rank for rank, host in enumerate(listed)}
         self._nodes = nodes
         self._fewest = fewest
         self._settle_s = settle_s
@@ -57,13 +59,13 @@ class TorchrunBackend:
             if len(self._meeting.hosts()) < self._fewest:
                 await self._wait_for(self._fewest, self._patience_s - self._settle_s)
         hosts = self._meeting.hosts()
-        self._known |= dict.fromkeys(hosts)
+        self._known |= {host: self._meeting.rank(host) for host in hosts}
         return hosts
 
     async def possible_hosts(self) -> Sequence[str]:
         """Those that are listed, or have been there; and a name for each that is still missing."""
-        missing = range(len(self._known), self._nodes)
-        return (*self._known, *(f"node {number}" for number in missing))
+        missing = [rank for rank in range(self._nodes) if rank not in self._known.values()]
+        return (*self._known, *(f"the host of --node-rank {rank}" for rank in missing))
 
     async def start(self, start: AgentsStart) -> Agents:
         """Asks the hosts for an agent each."""
@@ -88,9 +90,13 @@ class TorchrunBackend:
         def are_there() -> bool:
             return len(self._meeting.hosts()) >= number or self._stop.signal is not None
 
-        if are_there() or seconds <= 0.0:
+        # Hosts that come at once, this one too, are not missed.
+        if seconds <= 0.0 or await self._meeting.until(are_there, min(seconds, _AT_ONCE_SECONDS)):
             return
-        self._say(f"waiting up to {seconds:g} s for hosts: {len(self._meeting.hosts())} of {number} are there")
+        hosts = self._meeting.hosts()
+        self._known |= {host: self._meeting.rank(host) for host in hosts}
+        lack = await not_there(self.name, [host for host in await self.possible_hosts() if host not in hosts])
+        self._say(f"waiting up to {seconds:g} s for hosts: {len(hosts)} of {number} are there{lack}")
         stopped = asyncio.create_task(self._poke_at_stop())
         await self._meeting.until(are_there, seconds)
         stopped.cancel()

@@ -84,6 +84,10 @@ class Meeting:
         """Those that are there, in the order of their ranks."""
         return tuple(sorted(self._visitors, key=lambda host: self._visitors[host].hello.rank))
 
+    def rank(self, host: str) -> int:
+        """Of a host that is there: its place among all."""
+        return self._visitors[host].hello.rank
+
     def status(self, host: str) -> AgentStatus | None:
         """Of the agent of a host, as it was told last; None where there is none, or the host is not there."""
         return self._visitors[host].status if host in self._visitors else None

@@ -320,7 +320,7 @@ def test_too_few_hosts_are_waited_for(tmp_path: Path) -> None:
         await job.wait_for("training-0-1", "training-1-1")
         job.backend.there.remove("b")
         os.kill(job.pid(1), signal.SIGKILL)
-        told = "1 host is there, and 2 needed: waiting up to 300 s for others"
+        told = "1 host is there, and 2 needed (launch.nodes); not there: b: waiting up to 300 s for others"
         await job.until(lambda: told in job.said)
         job.backend.there.append("b")
 
@@ -347,7 +347,8 @@ def test_where_hosts_do_not_come_back_the_job_is_queued_again(tmp_path: Path) ->
     assert (end.exit_code, end.requeued) == (75, True)
     assert job.backend.requeues == [{"without": (), "reason": "hosts"}]
     assert end.cause is not None
-    assert end.cause.startswith("1 host is left, and 2 needed; before that: rank 1 of 2 on b was killed by SIGKILL")
+    lack = "1 host is left, and 2 needed (launch.nodes); not there: b"
+    assert end.cause.startswith(f"{lack}; before that: rank 1 of 2 on b was killed by SIGKILL")
     assert (job.state().state, job.state().requeues, job.state().cause) == ("queued", 1, end.cause)
     assert job.events("requeue")[0]["reason"] == "hosts"
 
@@ -385,6 +386,6 @@ def test_too_few_hosts_from_the_beginning_are_not_waited_for(tmp_path: Path) -> 
     job = MadeUpJob(tmp_path, ["a"], "", launch="nodes = 3")
     job.backend.accepts_requeue = False
     end = job.supervise()
-    assert (end.exit_code, end.cause) == (1, "1 host is left, and 3 needed")
+    assert (end.exit_code, end.cause) == (1, "1 host is left, and 3 needed (launch.nodes)")
     assert (job.state().state, job.state().requeues) == ("failed", 0)
     assert job.backend.starts == []

@@ -210,7 +210,7 @@ def test_without_a_spare_the_job_is_queued_again_without_the_bad_host_and_nothin
     assert job.backend.requeues == [{"without": ("b",), "reason": "hosts"}]
     assert job.events("wait_for_hosts") == []
     assert end.cause == (
-        "1 host is left, and 2 needed; not used any more: b: b is slow.; before that: preflight: b is slow."
+        "1 host is left, and 2 needed (launch.nodes); not used any more: b: b is slow.; before that: preflight: b is slow."
     )
 
 
