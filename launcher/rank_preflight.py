@@ -56,7 +56,8 @@ def preflighted(environ: MutableMapping[str, str], config: RunConfig, *, say: Ca
         yield
         return
     network = network if choice is None else choice.as_data()
-    facts = _facts(environ, place, network, chosen=() if choice is None else choice.environment)
+    chosen = () if choice is None else choice.environment
+    facts = _facts(environ, place, network, chosen=chosen, device=config.run.device)
     from cluster.fabric.measured.meeting import keep_meeting_point
     from cluster.fabric.measured.place import MeasureOptions
 
@@ -96,7 +97,12 @@ def network_of(
 
 
 def _facts(
-    environ: Mapping[str, str], place: FabricPlace, network: Mapping[str, Any], *, chosen: Collection[str] = ()
+    environ: Mapping[str, str],
+    place: FabricPlace,
+    network: Mapping[str, Any],
+    *,
+    chosen: Collection[str] = (),
+    device: str | None = None,
 ) -> RankFacts:
     from cluster.preflight.facts import RankFacts
 
@@ -106,6 +112,7 @@ def _facts(
         local_rank=place.local_rank,
         network=network,
         not_compared=(*chosen, *environ.get(CHOSEN, "").split(",")),
+        device=device,
     )
 
 

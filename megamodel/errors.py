@@ -15,6 +15,12 @@ class TrainingError(MegaModelError):
     """Training cannot start or go on."""
 
 
+class RefusedError(TrainingError):
+    """Training cannot start as it is configured: another start would say the same."""
+
+    exit_code = 2
+
+
 class ConversionError(MegaModelError):
     """Weights cannot be expressed in, or read from, another format."""
 

@@ -7,6 +7,12 @@ class ParallelError(Exception):
     exit_code = 1
 
 
+class DeviceError(ParallelError):
+    """The configuration asks for a device that this rank has not: another start would say the same."""
+
+    exit_code = 2
+
+
 class CheckpointError(Exception):
     """A checkpoint could not be written, found or read."""
 

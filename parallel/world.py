@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from parallel.errors import ParallelError
+from parallel.errors import DeviceError, ParallelError
 
 T = TypeVar("T")
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -153,13 +153,13 @@ def read_rank_environment(environ: Mapping[str, str]) -> RankEnvironment | None:
 
 
 def choose_device(choice: DeviceChoice, local_rank: int) -> torch.device:
-    """The device of this rank: `auto` takes CUDA where there is one. Raises `ParallelError` when there is not enough."""
+    """The device of this rank: `auto` takes CUDA where there is one. Raises `DeviceError` when there is not enough."""
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ParallelError('run.device = "cuda", but torch sees no CUDA device here: use "auto" or "cpu"')
+        raise DeviceError('run.device = "cuda", but torch sees no CUDA device here: use "auto" or "cpu"')
     if local_rank >= torch.cuda.device_count():
-        raise ParallelError(
+        raise DeviceError(
             f"local rank {local_rank} has no device of its own: this machine has {torch.cuda.device_count()} "
             "CUDA device(s); start at most as many ranks on it"
         )

@@ -54,7 +54,37 @@ def device_findings(devices: Mapping[int, Mapping[str, Any]], hosts: Hosts) -> l
     told = {
         rank: {"GPUs": str(device["count"]), "kind of GPU": _device_name(device)} for rank, device in devices.items()
     }
-    return [*findings, *differences(told, hosts, DEVICES)]
+    # They may differ from the others by nothing else than what has been told.
+    told = {rank: told[rank] for rank in told if not devices[rank]["lacks"]}
+    return [*_lacking_devices(devices, hosts), *findings, *differences(told, hosts, DEVICES)]
+
+
+def _lacking_devices(devices: Mapping[int, Mapping[str, Any]], hosts: Hosts) -> list[PreflightFinding]:
+    """Hosts whose ranks have no device as run.device asks, those with the same lack together."""
+    lacking: dict[str, list[int]] = {}
+    for rank, device in sorted(devices.items()):
+        if device["lacks"]:
+            lacking.setdefault(device["lacks"], []).append(rank)
+    is_everywhere = not without_all([hosts[rank] for ranks in lacking.values() for rank in ranks], hosts)
+    findings = []
+    for what, ranks in lacking.items():
+        names = tuple(dict.fromkeys(hosts[rank] for rank in ranks))
+        mend = (
+            "Lower launch.ranks_per_node."
+            if devices[ranks[0]]["count"]
+            else 'Set it to "auto" or "cpu", or take hosts whose GPUs `nvidia-smi` lists.'
+        )
+        findings.append(
+            PreflightFinding(
+                kind="device",
+                hosts=names,
+                ranks=tuple(ranks),
+                bad_hosts=() if is_everywhere else names,
+                sentence=f"{what} on {names_in_words(names, MOST_NAMED)}. {mend}",
+                evidence={"lacks": what},
+            )
+        )
+    return findings
 
 
 def card_findings(cards: Mapping[int, Sequence[Mapping[str, str]]], hosts: Hosts) -> list[PreflightFinding]:

@@ -19,18 +19,41 @@ _QUERY = ("name", "driver_version", "ecc.mode.current", "ecc.errors.uncorrected.
 _COMMAND_TIMEOUT_S = 20.0
 
 
-def device_facts(local_rank: int) -> dict[str, Any]:
+def device_facts(local_rank: int, wanted: str | None = None) -> dict[str, Any]:
     """Of the device of this rank: `name` and `count` of the GPUs that it sees (None, 0 on a processor), `error` of its
-    computing, and `seconds` of a product, on a GPU alone: ranks on processors share their cores."""
+    computing, `seconds` of a product, on a GPU alone: ranks on processors share their cores, and `lacks`: why it has no device
+    as `wanted` ("auto", "cuda", "cpu", None for whatever there is), empty where it has one."""
     count = torch.cuda.device_count()
+    lacks = "" if wanted is None else _lacks(wanted, local_rank, count)
     if not torch.cuda.is_available() or local_rank >= count:
-        return {"name": None, "count": count, "error": product_error(torch.device("cpu")), "seconds": None}
+        return {
+            "name": None,
+            "count": count,
+            "error": product_error(torch.device("cpu")),
+            "seconds": None,
+            "lacks": lacks,
+        }
     device = torch.device("cuda", local_rank)
     try:
         error, seconds = product_error(device), _product_seconds(device)
     except RuntimeError as failure:  # CUDA's errors are RuntimeErrors
         error, seconds = (str(failure).strip() or type(failure).__name__).splitlines()[0], None
-    return {"name": torch.cuda.get_device_name(device), "count": count, "error": error, "seconds": seconds}
+    return {
+        "name": torch.cuda.get_device_name(device),
+        "count": count,
+        "error": error,
+        "seconds": seconds,
+        "lacks": lacks,
+    }
+
+
+def _lacks(wanted: str, local_rank: int, count: int) -> str:
+    if wanted == "cuda" and not count:
+        return 'run.device = "cuda": no CUDA device' + ("" if torch.version.cuda else " (torch is built without CUDA)")
+    if wanted != "cpu" and 0 < count <= local_rank:
+        have = "only 1 CUDA device" if count == 1 else f"only {count} CUDA devices"
+        return f'run.device = "{wanted}": {have}, and each rank needs one of its own,'
+    return ""
 
 
 def product_error(device: torch.device) -> str:

@@ -51,6 +51,7 @@ class RankFacts:
         local_rank: int,
         network: Mapping[str, Any],
         not_compared: Collection[str] = (),
+        device: str | None = None,
     ) -> None:
         """
         Args:
@@ -59,6 +60,7 @@ class RankFacts:
             local_rank: the number of this rank's GPU on its host.
             network: `NetworkChoice.as_data()`, or `{"error": why there is none}`.
             not_compared: variables that the launcher has chosen for this host by itself.
+            device: that the run asks for, as `device_facts` knows it.
         """
         self._read: dict[str, Callable[[], Values]] = {
             "versions": versions,
@@ -69,6 +71,7 @@ class RankFacts:
         self._known: dict[str, Values] = {}
         self._local_rank = local_rank
         self._network = network
+        self._device = device
         self.verdict: Mapping[str, Any] | None = None
         """What rank 0 has told of the outcome: `ok` and `sentences`. None until then."""
 
@@ -79,7 +82,8 @@ class RankFacts:
             return {"time": time.time()}
         if asked == "rank":
             hashes = {section: digest(self._values(section)) for section in SECTIONS}
-            return {"hashes": hashes, "device": device_facts(self._local_rank), "network": dict(self._network)}
+            device = device_facts(self._local_rank, self._device)
+            return {"hashes": hashes, "device": device, "network": dict(self._network)}
         if asked == "section":
             return {"values": self._values(question["section"])}
         if asked == "host":

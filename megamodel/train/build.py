@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from megamodel.errors import TrainingError
+from megamodel.errors import RefusedError
 from megamodel.model.config import ModelConfig
 from megamodel.model.decoder import Decoder, LayerRange, Seams
 from megamodel.model.explicit_attention import ExplicitScores
@@ -108,7 +108,7 @@ def build_model(
     compiled = train.compile != "off" and notice is None
     if parallel.async_tp and mesh.size("tp") > 1:
         if not compiled or device.type != "cuda":
-            raise TrainingError(
+            raise RefusedError(
                 "parallel.async_tp = true: needs CUDA and torch.compile, and "
                 + ("the compiler is off" if device.type == "cuda" else f"this run is on the {device.type}")
                 + "; set parallel.async_tp = false"
@@ -283,14 +283,14 @@ def _move_unsharded(part: nn.Module, device: torch.device) -> None:
 
 
 def _missing_compiler(choice: str, device: torch.device) -> str | None:
-    """What to tell the user when compilation is wanted and cannot be had. Raises `TrainingError` when it must be."""
+    """What to tell the user when compilation is wanted and cannot be had. Raises `RefusedError` when it must be."""
     if choice == "off" or find_compiler(device.type) is not None:
         return None
     missing = (
         "Triton" if device.type == "cuda" else "a C++ compiler with Python.h (Debian: apt-get install g++ python3-dev)"
     )
     if choice == "on":
-        raise TrainingError(f'train.compile = "on" needs {missing}; install it, or set train.compile = "off"')
+        raise RefusedError(f'train.compile = "on" needs {missing}; install it, or set train.compile = "off"')
     return f"torch.compile is off: {missing} is missing; training is slower without"
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megamodel.errors import TrainingError
+from megamodel.errors import RefusedError
 from megamodel.train.build import BuiltModel
 from megamodel.train.job import TrainingJob
 from megamodel.train.optimizer import Optimizers
@@ -67,7 +67,7 @@ class RunCheckpoints:
     def restore(self, info: CheckpointInfo) -> Progress:
         """Loads a checkpoint and says where the run stands. A collective.
 
-        Raises `TrainingError` when the checkpoint is of another model, seed or data set: going on would silently train
+        Raises `RefusedError` when the checkpoint is of another model, seed or data set: going on would silently train
         something else.
         """
         self._refuse_another_run(info)
@@ -87,7 +87,7 @@ class RunCheckpoints:
             if saved.get(key) != value
         ]
         if changed:
-            raise TrainingError(
+            raise RefusedError(
                 f"{info.path} is of another run: {'; '.join(changed)}. Give this run another name "
                 "(--set run.name=...), or take back the change"
             )

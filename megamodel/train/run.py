@@ -14,7 +14,7 @@ from cluster.hardware import cpu_name, published_bf16_peak
 from data_pipeline.dataset import PackedDataset
 from data_pipeline.prepare import prepare
 from data_pipeline.prepared import PreparedData, compression_baselines
-from megamodel.errors import TrainingError
+from megamodel.errors import RefusedError
 from megamodel.model.size import model_size, training_flops_per_token
 from megamodel.train.activation_watch import ActivationWatch
 from megamodel.train.assemble import assemble
@@ -195,7 +195,7 @@ def _watched(
 
 def _open_data(job: TrainingJob, prepared: PreparedData, world: World) -> TrainingData:
     if prepared.manifest.vocab_size > job.model.vocab_size:
-        raise TrainingError(
+        raise RefusedError(
             f"{prepared.tokenizer_path} has {prepared.manifest.vocab_size} tokens, and model.vocab_size is "
             f"{job.model.vocab_size}: set model.vocab_size to at least {prepared.manifest.vocab_size}"
         )
@@ -224,7 +224,7 @@ def _check_agreement(job: TrainingJob, prepared: PreparedData, world: World) -> 
         if values[key] != everyone[0].get(key)
     ]
     if problems:
-        raise TrainingError(
+        raise RefusedError(
             f"the ranks do not train the same: {'; '.join(problems[:5])}. Start all with one configuration, on hosts with "
             "equal data"
         )
@@ -234,7 +234,7 @@ def _check_layout(job: TrainingJob, world: World) -> None:
     """The command line has asked this before; a program that starts training itself has not."""
     demands = layout_demands(job.model, job.train, seq_len=job.data.seq_len, device=job.device)
     if problems := layout_problems(job.parallel, demands, world.world_size):
-        raise TrainingError("; ".join(problem.message for problem in problems))
+        raise RefusedError("; ".join(problem.message for problem in problems))
 
 
 def _callbacks(job: TrainingJob, directory: RunDirectory, console: Console) -> list[Callback]:

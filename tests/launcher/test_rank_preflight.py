@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cluster.errors import NetworkError
 from cluster.network_settings import NetworkChoice
@@ -101,6 +102,21 @@ def test_a_network_that_the_hosts_lack_is_told_by_preflight(tiny: Path) -> None:
     assert [one.code for one in ended] == [3, 3], ended[0].err
     assert 'n1: launch.network = "infiniband" needs an active InfiniBand port, and has none' in ended[0].err
     assert [finding["kind"] for finding in verdict(tiny.parent)["findings"]] == ["network", "network"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_an_error_and_ends_a_job_at_once(tiny: Path, mega_process: Mega) -> None:
+    wants = ("--set", "run.device=cuda")
+    (alone,) = ranks_on_hosts(["train", str(tiny), *QUICK, *wants], {}, verdict=tiny.parent / "preflight.json")
+    assert alone.code == 3, alone.err
+    assert 'error: preflight: run.device = "cuda": no CUDA device' in alone.err
+    assert " on n0. " in alone.err
+    # A rank that finds it out by itself refuses the configuration.
+    job = mega_process("launch", tiny, "--on", "local", *wants, "--set", "launch.preflight.enabled=false")
+    assert job.code == 2, job.err
+    assert 'run.device = "cuda", but torch sees no CUDA device here' in job.err
+    logs = tiny.parent / "runs" / "tiny" / "logs"
+    assert [path.name for path in logs.iterdir() if path.is_dir()] == ["attempt-1"]
 
 
 EARLY = """

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from parallel.config import ParallelConfig
-from parallel.errors import ParallelError
+from parallel.errors import DeviceError, ParallelError
 from parallel.world import RankEnvironment, World, choose_device, open_world, read_rank_environment
 from tests.gloo_pool import GlooPool
 
@@ -115,12 +115,13 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu", 5) == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 0) == torch.device("cpu")
-    with pytest.raises(ParallelError, match='no CUDA device here: use "auto" or "cpu"'):
+    with pytest.raises(DeviceError, match='no CUDA device here: use "auto" or "cpu"') as refused:
         choose_device("cuda", 0)
+    assert refused.value.exit_code == 2, "the next attempt of a job would say the same"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
-    with pytest.raises(ParallelError, match="local rank 2 has no device of its own: this machine has 2"):
+    with pytest.raises(DeviceError, match="local rank 2 has no device of its own: this machine has 2"):
         choose_device("auto", 2)
 
 

@@ -247,6 +247,13 @@ def _fits(config: RunConfig, num_hosts: int) -> bool:
 
 def _slurm_doubts(config: RunConfig) -> Iterator[str]:
     slurm = config.slurm
+    # A partition may give GPUs by itself, and `extra_lines` may ask for them.
+    if (
+        config.run.device == "cuda"
+        and not slurm.gpus
+        and not any("gpu" in line or "gres" in line for line in slurm.extra_lines)
+    ):
+        yield 'run.device = "cuda", and slurm.gpus is not set: unless the partition gives GPUs by itself, ranks find none'
     if slurm.time is not None and 0 < seconds_of(slurm.time) - slurm.signal_seconds < _SIGNAL_IS_EARLY_SECONDS:
         yield (
             f'slurm.time = "{slurm.time}" leaves the run {seconds_of(slurm.time) - slurm.signal_seconds} s before it is asked to '

@@ -20,7 +20,7 @@ from cluster.preflight.checks import (
 from cluster.preflight.verdict import PreflightFinding, PreflightVerdict, Severity
 
 FOUR = {rank: f"n{rank}" for rank in range(4)}
-GPU = {"name": "NVIDIA H100", "count": 8, "error": "", "seconds": 2e-5}
+GPU = {"name": "NVIDIA H100", "count": 8, "error": "", "seconds": 2e-5, "lacks": ""}
 CARD = {"name": "NVIDIA H100", "driver": "570.1", "ecc": "Enabled", "uncorrected": "0"}
 PORTS = {
     "kind": "infiniband",
@@ -50,6 +50,18 @@ def test_a_device_that_computes_wrongly_is_bad() -> None:
     )
     everywhere = {rank: {**GPU, "error": wrong} for rank in range(4)}
     assert [finding.bad_hosts for finding in device_findings(everywhere, FOUR)] == [()] * 4
+
+
+def test_hosts_without_the_device_that_is_asked_for() -> None:
+    none = 'run.device = "cuda": no CUDA device'
+    missing = {"name": None, "count": 0, "seconds": None, "lacks": none}
+    finding = the_one(device_findings(devices(**missing), FOUR))
+    assert (finding.kind, finding.severity, finding.bad_hosts) == ("device", "error", ("n2",))
+    assert finding.sentence.startswith(f'{none} on n2. Set it to "auto" or "cpu", or take hosts')
+    everywhere = the_one(device_findings({rank: {**GPU, **missing} for rank in range(4)}, FOUR))
+    assert (everywhere.bad_hosts, everywhere.ranks) == ((), (0, 1, 2, 3))
+    few = 'run.device = "auto": only 1 CUDA device, and each rank needs one of its own,'
+    assert "on n2. Lower launch.ranks_per_node." in the_one(device_findings(devices(lacks=few), FOUR)).sentence
 
 
 def test_a_gpu_that_is_slower_than_most_is_bad() -> None:

@@ -34,7 +34,16 @@ def test_one_wrong_element_of_a_product_is_noticed(monkeypatch: pytest.MonkeyPat
 def test_a_processor_has_no_name_and_no_time() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    assert device_facts(0) == {"name": None, "count": 0, "error": "", "seconds": None}
+    told = {"name": None, "count": 0, "error": "", "seconds": None, "lacks": ""}
+    assert [device_facts(0), device_facts(0, "auto"), device_facts(0, "cpu")] == [told] * 3
+    assert device_facts(0, "cuda")["lacks"].startswith('run.device = "cuda": no CUDA device')
+
+
+def test_more_ranks_than_gpus_lack_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    lacks = device_facts(2, "auto")["lacks"]
+    assert lacks == 'run.device = "auto": only 2 CUDA devices, and each rank needs one of its own,'
+    assert device_facts(2, "cpu")["lacks"] == device_facts(2)["lacks"] == ""
 
 
 @pytest.mark.gpu

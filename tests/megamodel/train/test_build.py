@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megamodel.errors import TrainingError
+from megamodel.errors import RefusedError
 from megamodel.train.build import BuiltModel, build_model
 from megamodel.train.config import TrainConfig
 from parallel.config import ParallelConfig
@@ -45,7 +45,7 @@ def test_settings_that_do_nothing_are_told(gloo_ranks: GlooPool) -> None:
 
 def overlapped(world: World) -> None:
     with pytest.raises(
-        TrainingError, match=r"async_tp = true: needs CUDA and torch.compile, and this run is on the cpu"
+        RefusedError, match=r"async_tp = true: needs CUDA and torch.compile, and this run is on the cpu"
     ):
         built(world, {"tp": 2, "async_tp": True})
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.dataset import PackedDataset
-from megamodel.errors import TrainingError
+from megamodel.errors import RefusedError
 from megamodel.model.decoder import LossTerms
 from megamodel.train.build import find_compiler
 from megamodel.train.callbacks.base import RunFacts, StepRecord
@@ -150,7 +150,7 @@ def test_without_a_compiler_training_is_eager_with_a_notice(monkeypatch: pytest.
     monkeypatch.undo()
     monkeypatch.setattr("sysconfig.get_path", lambda name: "/nonexistent")
     assert find_compiler("cpu") is None
-    with pytest.raises(TrainingError, match=r'set train\.compile = "off"'):
+    with pytest.raises(RefusedError, match=r'set train\.compile = "off"'):
         build._missing_compiler("on", torch.device("cpu"))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megamodel.errors import TrainingError
+from megamodel.errors import RefusedError
 from megamodel.train.config import TrainConfig
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.restore import restore_decoder
@@ -185,7 +185,7 @@ def test_a_batch_that_does_not_divide_is_refused(gloo_ranks: GlooPool, tmp_path:
     prepared(job)
     with pytest.raises(RankFailureError, match=r"global_batch_size = 6: cannot be shared by 2 data ranks of 2 samples"):
         gloo_ranks(2, train_job, job)
-    assert TrainingError.exit_code == 1
+    assert RefusedError.exit_code == 2, "the next attempt of a job would say the same"
 
 
 def _train_differently(world: World, jobs: list[TrainingJob]) -> TrainingResult:

@@ -104,6 +104,14 @@ def test_mounts_that_are_not_here_are_doubts(tiny: Path) -> None:
     assert "every host of the job must have it" in doubt
 
 
+def test_gpus_that_nobody_asks_for_are_doubtful(tiny: Path) -> None:
+    (doubt,) = plan_of(tiny, "run.device=cuda").doubts
+    assert 'run.device = "cuda", and slurm.gpus is not set: unless the partition gives GPUs' in doubt
+    assert plan_of(tiny, "run.device=cuda", "slurm.gpus=1").doubts == ()
+    assert plan_of(tiny, "run.device=cuda", 'slurm.extra_lines=["#SBATCH --gres=gpu:1"]').doubts == ()
+    assert plan_of(tiny, "run.device=cuda", backend="local").doubts == ()
+
+
 @pytest.mark.parametrize("image", ["docker://a/b:c", "oras://a/b"])
 def test_apptainer_is_given_a_file(tiny: Path, image: str) -> None:
     settings = ("slurm.container.runtime=apptainer", f"slurm.container.image={image}")
