@@ -13,11 +13,15 @@ from pathlib import Path
 
 from launcher.errors import RunError
 
+AGENTS_LOG = "agents.log"
+"""In an attempt's folder: what the starter prints, and what agents print themselves."""
 _POLL_SECONDS = 0.05
 _END_SECONDS = 5.0
 _TAIL_BYTES = 16_384
 _COMPLAINT = re.compile(
-    r"error|fail|could ?n.t|could not|cannot|unable|refused|denied|no route|not found|unknown", re.I
+    r"error|fail|could ?n.t|could not|cannot|unable|refused|denied|no route|not found|unknown|unrecogni[sz]ed|invalid|illegal"
+    r"|no such",
+    re.I,
 )
 
 
@@ -81,7 +85,7 @@ class Starter:
 
 
 def last_words(output: Path) -> str:
-    """What a starter that failed complained of last, in one line; empty where it has said nothing."""
+    """What a starter that failed complained of first, in one line; without a complaint its last line, if any."""
     lines = _tail(output)
     return next(filter(_COMPLAINT.search, lines), lines[-1] if lines else "")
 

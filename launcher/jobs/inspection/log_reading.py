@@ -10,6 +10,7 @@ from pathlib import Path
 from launcher.errors import RunError
 from launcher.jobs.agents.log_folding import Folder
 from launcher.jobs.agents.rank_logs import LineSplitter, as_text
+from launcher.jobs.backends.starter import AGENTS_LOG, last_words
 from launcher.jobs.inspection.run_facts import attempt_numbers
 from megamodel.train.run_directory import RunDirectory
 
@@ -127,7 +128,10 @@ def missing_logs(run: RunDirectory, attempt: int | None, rank: int | None) -> Ru
         return RunError(f"{run.root}: has no attempt {attempt}; there are: {_list(numbers)}")
     ranks = list(_logs_of_ranks(run.logs / f"attempt-{attempt}"))
     if rank is None or not ranks:
-        return RunError(f"{run.root}: no rank of attempt {attempt} has a log yet")
+        starter = run.logs / f"attempt-{attempt}" / AGENTS_LOG
+        words = last_words(starter)
+        said = f"; what starts its hosts has said: {words} (more in {starter})" if words else ""
+        return RunError(f"{run.root}: no rank of attempt {attempt} has a log yet{said}")
     zero = " (rank 0 of `mega train` speaks on its terminal)" if rank == 0 else ""
     return RunError(f"{run.root}: rank {rank} has no log in attempt {attempt}{zero}; there are: {_list(ranks)}")
 

@@ -15,12 +15,12 @@ from launcher.fabric_place import rank_hosts_variable
 from launcher.jobs.agents.head import Attempt, Head, HostLost, RanksPlan
 from launcher.jobs.agents.protocol import ATTEMPT, PREFLIGHT
 from launcher.jobs.backend import Agents, AgentsStart
-from launcher.jobs.backends.starter import hosts_in_words, last_words
+from launcher.jobs.backends.starter import AGENTS_LOG, hosts_in_words, last_words
 from launcher.jobs.job import Job
 from launcher.jobs.journal import Journal
 from launcher.jobs.stop_asked import StopAsked
 from launcher.jobs.supervision.attempt_end import AttemptEnd, Failure
-from launcher.jobs.supervision.first_failure import Scene, of_absence, of_lost_host, of_starter
+from launcher.jobs.supervision.first_failure import Scene, StarterEnd, of_absence, of_lost_host, of_starter
 from launcher.jobs.supervision.preflight_verdict import PreflightVerdict
 from launcher.jobs.supervision.ranks_watch import RanksWatch
 
@@ -51,7 +51,7 @@ class AttemptRun:
         self._hosts = tuple(hosts)
         self._num_ranks = len(hosts) * job.ranks_per_host
         self._max_log_bytes = int(job.launch.max_rank_log_mb * 1e6)
-        self._output = directory / "agents.log"
+        self._output = directory / AGENTS_LOG
         self._began = time.time()
         self._verdict_is_told = False
 
@@ -101,7 +101,9 @@ class AttemptRun:
             words = await asyncio.to_thread(last_words, self._output)
             if not come.done():
                 blamed = await asyncio.to_thread(hosts_in_words, self._output, self._hosts)
-                failure = replace(of_starter(starter.result(), words, blamed, at=time.time()), has_begun=False)
+                code, backend = starter.result(), self._job.backend.name
+                end = StarterEnd(at=time.time(), code=code, words=words, backend=backend)
+                failure = replace(of_starter(end, blamed, log=self._output), has_begun=False)
             elif (lost := await _lost_before_start(attempt)) is not None:
                 scene = Scene(num_ranks=self._num_ranks, logs=self._directory, step=None, doing={})
                 failure = of_lost_host(lost, scene, silence_s=self._job.launch.lost_host_seconds)

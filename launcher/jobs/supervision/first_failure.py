@@ -11,8 +11,12 @@ from cluster.fabric.findings import Finding
 from launcher.errors import ConfigError
 from launcher.first_cause import earliness, failed_at, how_it_ended, signal_name
 from launcher.jobs.agents.head import HostLost, RankEnded
+from launcher.jobs.backends.starter import AGENTS_LOG
 from launcher.jobs.supervision.attempt_end import Failure, FailureKind
 from launcher.verb import EXIT_REFUSED
+
+_STARTERS = {"slurm": "srun", "mpi": "mpirun"}
+"""By backend."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class StarterEnd:
     code: int
     words: str
     """What it complained of."""
+    backend: str
 
 
 def first_failure(
@@ -65,7 +70,7 @@ def first_failure(
         if host.ranks
     ]
     if starter is not None:
-        found.append(((False, False, starter.at), of_starter(starter.code, starter.words, (), at=starter.at)))
+        found.append(((False, False, starter.at), _of_starter_end(starter, scene)))
     return min(found, key=lambda each: each[0], default=(None, None))[1]
 
 
@@ -97,17 +102,23 @@ def of_absence(absent: Sequence[str], hosts: Sequence[str], *, seconds: float, w
     )
 
 
-def of_starter(code: int, words: str, blamed: Sequence[str], *, at: float) -> Failure:
-    """The starter of agents has ended too early; `blamed` are the hosts of which it complained."""
+def of_starter(end: StarterEnd, blamed: Sequence[str], *, log: Path) -> Failure:
+    """The starter of agents has ended too early; `blamed` are the hosts of which it complained. `log` holds all its words."""
+    program = _STARTERS.get(end.backend, "the program that starts the hosts")
+    code = end.code
     how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
     return Failure(
         kind="starter",
-        message=f"the program that starts the hosts {how}" + (f": {words}" if words else ""),
-        at=at,
+        message=f"{program} {how}" + (f": {end.words} (more in {log})" if end.words else ""),
+        at=end.at,
         host=blamed[0] if blamed else None,
         lost_hosts=tuple(blamed),
         are_missing=True,
     )
+
+
+def _of_starter_end(end: StarterEnd, scene: Scene) -> Failure:
+    return of_starter(end, (), log=scene.logs / AGENTS_LOG)
 
 
 def of_preflight(verdict: Mapping[str, Any], *, at: float) -> Failure:

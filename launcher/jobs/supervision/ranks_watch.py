@@ -147,7 +147,8 @@ class RanksWatch:
     async def _hear_starter(self) -> None:
         code = await self._agents.wait()
         words = await asyncio.to_thread(last_words, self._output)
-        self._news.put_nowait(partial(self._on_starter, StarterEnd(at=time.time(), code=code, words=words)))
+        end = StarterEnd(at=time.time(), code=code, words=words, backend=self._job.backend.name)
+        self._news.put_nowait(partial(self._on_starter, end))
 
     async def _hear_stop(self) -> None:
         await self._stop.asked.wait()

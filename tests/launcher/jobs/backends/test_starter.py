@@ -113,6 +113,7 @@ A daemon failed to report back after being spawned. This could
             ("n1",),
         ),
         ("one\ntwo\n----\n", "two", ()),
+        ("srun: unrecognized option '--x'\nTry \"srun --help\" for more information\n", "srun: unrecognized", ()),
         ("error: n30 and a.n3 and n0-ib are down\n", "error: n30", ()),
         ("error on n0, n1, n2, n3\n", "error on", ()),
         ("", "", ()),

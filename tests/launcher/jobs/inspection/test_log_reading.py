@@ -92,6 +92,16 @@ def test_the_last_lines_alone(
     assert len(found) <= lines + 1
 
 
+def test_where_no_rank_was_started_the_starter_is_quoted(run: RunDirectory) -> None:
+    attempt_of(run, 3)
+    log = run.logs / "attempt-3" / "agents.log"
+    log.write_text("srun: unrecognized option '--nosuch'\nTry \"srun --help\" for more information\n")
+    said = str(missing_logs(run, 3, None))
+    assert said.endswith(
+        f"has a log yet; what starts its hosts has said: srun: unrecognized option '--nosuch' (more in {log})"
+    )
+
+
 @pytest.mark.parametrize(
     ("attempt", "rank", "words"),
     [

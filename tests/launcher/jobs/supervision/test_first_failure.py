@@ -112,18 +112,18 @@ def test_an_agent_without_ranks_is_no_loss() -> None:
 
 
 def test_a_starter_that_has_ended_before_its_hosts_were_lost_is_the_cause() -> None:
-    starter = StarterEnd(at=99.0, code=-15, words="mpirun: killed")
+    starter = StarterEnd(at=99.0, code=-15, words="mpirun: killed", backend="mpi")
     failure = _first(_lost("n2", at=99.5), starter=starter)
     assert failure.kind == "starter"
-    assert failure.message == "the program that starts the hosts was killed by SIGTERM: mpirun: killed"
+    assert failure.message.startswith("mpirun was killed by SIGTERM: mpirun: killed (more in ")
     assert _first(_lost("n2", at=98.5), starter=starter).kind == "host_lost"
 
 
 def test_a_starter_that_complains_of_a_host() -> None:
-    failure = of_starter(255, "ssh: connect to host n3 port 22: No route to host", ["n3"], at=1.0)
-    assert failure.message == (
-        "the program that starts the hosts ended with exit code 255: ssh: connect to host n3 port 22: No route to host"
-    )
+    words = "ssh: connect to host n3 port 22: No route to host"
+    end = StarterEnd(at=1.0, code=255, words=words, backend="slurm")
+    failure = of_starter(end, ["n3"], log=Path("logs/attempt-1/agents.log"))
+    assert failure.message == f"srun ended with exit code 255: {words} (more in logs/attempt-1/agents.log)"
     assert (failure.lost_hosts, failure.are_missing, failure.host) == (("n3",), True, "n3")
 
 
@@ -178,4 +178,4 @@ def test_when_it_happened_is_told() -> None:
     assert _first(_lost("n2", at=98.5)).at == 98.5
     assert _first(_lost("n2", at=98.5, silent=True)).at == 98.5 - _SILENCE_S
     assert of_preflight({}, at=96.5).at == 96.5
-    assert _first(starter=StarterEnd(at=97.5, code=1, words="")).at == 97.5
+    assert _first(starter=StarterEnd(at=97.5, code=1, words="", backend="mpi")).at == 97.5

@@ -281,7 +281,9 @@ def test_a_starter_that_fails_is_the_cause_and_the_host_that_it_names_is_left_ou
     assert job.supervise().exit_code == 0
     (failure,) = job.events("failure")
     assert (failure["kind"], failure["host"]) == ("starter", "n1")
-    assert failure["message"] == f"the program that starts the hosts ended with exit code 255: {complaint}"
+    log = job.run.logs / "attempt-1" / "agents.log"
+    how = f"ended with exit code 255: {complaint} (more in {log})"
+    assert failure["message"] == f"the program that starts the hosts {how}"
     assert job.backend.starts == [("n2", "n3")]
 
 
