@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,7 +145,12 @@ def _layout_problems(files: Sequence[Path], overrides: Sequence[str], plan: Laun
     except ConfigError as error:
         nodes, each = plan.config.launch.nodes, plan.ranks_per_host
         world = f"{nodes} {'host' if nodes == 1 else 'hosts'} with {each} {'rank' if each == 1 else 'ranks'} each"
-        yield from (f"{problem} ({world})" for problem in error.problems or (str(error),))
+        yield from (f"{_mend_of_launch(problem)} ({world})" for problem in error.problems or (str(error),))
+
+
+def _mend_of_launch(problem: str) -> str:
+    """The number of ranks is an option of `mega train`, and two keys here."""
+    return re.sub(r"--ranks (\d+(?: or \d+)?)", r"\1 ranks in all (launch.nodes times launch.ranks_per_node)", problem)
 
 
 def _launch_problems(plan: LaunchPlan, environ: Mapping[str, str]) -> Iterator[str]:

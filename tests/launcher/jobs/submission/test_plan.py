@@ -69,9 +69,11 @@ def test_all_problems_at_once(tiny: Path) -> None:
         "slurm.template=none.j2",
     )
     said = "\n".join(problems)
+    assert "--ranks" not in said, "an option of mega train"
     for words in (
         "train.global_batch_size",
         "(3 hosts with 2 ranks each)",
+        " ranks in all (launch.nodes times launch.ranks_per_node)",
         "--set slurm.nodes=2: slurm.nodes = 2: fewer than launch.nodes = 3, which train; raise it, or leave it out",
         "--set launch.ranks_per_node=2: launch.ranks_per_node = 2: a GPU serves one rank, and slurm.gpus = 1",
         'defaults: slurm.signal_seconds = 120: must be less than slurm.time = "2", which is 120 s',
