@@ -72,6 +72,11 @@ class Backend(Protocol):
         queue says no; then the job ends. Raises `launcher.errors.RunError` where it does not answer now: it is asked again."""
         ...
 
+    async def ends_at(self) -> float | None:
+        """Once a stop was asked: when the scheduler ends the job by force, in seconds since 1970; inf where it does and does
+        not say when, None where there is none that would. Raises `launcher.errors.RunError` where it does not answer now."""
+        ...
+
     async def is_preempted(self) -> bool:
         """After a SIGTERM: whether the scheduler wants the hosts back, and so the job should go on later. Raises
         `launcher.errors.RunError` where it does not answer now: it is asked again."""

@@ -55,7 +55,8 @@ class LaunchConfig(BaseModel):
     """How long the run may make no step after the watch has named a hang, before the attempt is ended and another one
     started; eight times as long where the rank that is missed works. `inf`: hangs are only told."""
     save_seconds: float = Field(default=60.0, gt=0.0)
-    """How long ranks may take to save and end once asked to stop, before they are killed."""
+    """How long ranks may take to save and end once asked to stop, before they are killed. Where SLURM wants the hosts back they
+    may take all the time that it gives, if that is more."""
     wait_for_hosts_seconds: float = Field(default=300.0, ge=0.0)
     """How long to wait for lost hosts to come back where too few are left, before the job is requeued, or ends."""
     max_rank_log_mb: float = Field(default=100.0, gt=0.0)
@@ -128,7 +129,7 @@ class SlurmConfig(BaseModel):
     mail_type: str = Field(default="FAIL,END", min_length=3)
     """When it does, where mail_user is set."""
     signal_seconds: int = Field(default=120, ge=5)
-    """How long before the time limit the run is asked to save."""
+    """How long before the time limit the run is asked to save: more than a save takes."""
     requeue: bool = True
     """Go on in a new start of the job after preemption, the time limit, and where hosts are too few or bad."""
     max_requeues: int = Field(default=50, ge=0)

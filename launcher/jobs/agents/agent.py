@@ -38,6 +38,7 @@ from launcher.jobs.agents.protocol import (
     Signal,
     Start,
     Started,
+    Told,
     Welcome,
     beat_interval,
     hang_up_on_the_silent,
@@ -261,6 +262,7 @@ class Agent:
         """Ranks save and end. Without any there is nothing to wait for."""
         if self._ranks.are_running:
             self._ranks.signal(number)
+            self._send(Told())
             return
         self._send(Leaving(why=f"its agent was told to end ({signal.Signals(number).name})"))
         self._finish(EXIT_STOPPED, grace_s=0.0)

@@ -24,10 +24,11 @@ from launcher.jobs.agents.protocol import (
     Signal,
     Start,
     Started,
+    Told,
     Welcome,
 )
 from launcher.jobs.agents.rank_logs import CappedLog, LogWriter
-from launcher.jobs.agents.ranks import HostLost, RankEnded, RanksPlan
+from launcher.jobs.agents.ranks import HostLost, RankEnded, RanksPlan, StopHeard
 
 _START_S = 60.0
 """How long an agent may take to start its ranks: what they are executed from may be slow."""
@@ -87,7 +88,7 @@ class Attempt:
         self._running: dict[int, Agent] = {}
         self._host_of: dict[int, str] = {}
         self._folder: Folder | None = None
-        self._events: asyncio.Queue[RankEnded | HostLost] = asyncio.Queue()
+        self._events: asyncio.Queue[RankEnded | HostLost | StopHeard] = asyncio.Queue()
         self._changed = asyncio.Event()
         self._is_over = False
 
@@ -152,8 +153,8 @@ class Attempt:
                 if not agent.has_started:
                     agent.connection.hang_up(f"its agent could not start ranks within {_START_S:g} s")
 
-    async def next_event(self) -> RankEnded | HostLost:
-        """The next end of a rank, or loss of a host; waits for it."""
+    async def next_event(self) -> RankEnded | HostLost | StopHeard:
+        """The next end of a rank, loss of a host, or stop that came to a host itself; waits for it."""
         return await self._events.get()
 
     def signal(self, number: int) -> None:
@@ -268,6 +269,8 @@ class Attempt:
             case Started():
                 agent.has_started = True
                 self._poke()
+            case Told():
+                self._events.put_nowait(StopHeard(host=agent.host))
             case Leaving():
                 agent.leaves = agent.leaves or message.why
             case _:

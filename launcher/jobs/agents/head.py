@@ -33,9 +33,9 @@ from launcher.jobs.agents.protocol import (
     hang_up_on_the_silent,
 )
 from launcher.jobs.agents.rank_logs import CappedLog, LogWriter
-from launcher.jobs.agents.ranks import HostLost, RankEnded, RanksPlan
+from launcher.jobs.agents.ranks import HostLost, RankEnded, RanksPlan, StopHeard
 
-__all__ = ["Attempt", "Head", "HostLost", "RankEnded", "RanksPlan"]
+__all__ = ["Attempt", "Head", "HostLost", "RankEnded", "RanksPlan", "StopHeard"]
 
 _NAMELESS_S = 10.0
 """So long somebody may be connected without a hello."""

@@ -166,16 +166,23 @@ class Ended(_Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Told(_Message):
+    """An agent was told to stop by somebody else than the head, and has told its ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Leaving(_Message):
     """An agent that is about to end says why."""
 
     why: str
 
 
-Message: TypeAlias = Hello | Welcome | Refused | Start | Signal | End | Release | Started | Lines | Ended | Leaving
+Message: TypeAlias = (
+    Hello | Welcome | Refused | Start | Signal | End | Release | Started | Lines | Ended | Told | Leaving
+)
 _KINDS = {
     kind.__name__: kind
-    for kind in (Hello, Welcome, Refused, Start, Signal, End, Release, Started, Lines, Ended, Leaving)
+    for kind in (Hello, Welcome, Refused, Start, Signal, End, Release, Started, Lines, Ended, Told, Leaving)
 }
 _BEAT = b"{}\n"
 

@@ -61,3 +61,10 @@ class HostLost:
     """Seconds since 1970."""
     ranks: tuple[int, ...]
     """That had not ended. None where it ran none, such as a spare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StopHeard:
+    """Somebody else than the head has told an agent, and so its ranks, to stop."""
+
+    host: str

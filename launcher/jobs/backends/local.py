@@ -43,6 +43,9 @@ class LocalBackend:
         """There is no queue."""
         return False
 
+    async def ends_at(self) -> None:
+        """Nobody does."""
+
     async def is_preempted(self) -> bool:
         """Nobody could."""
         return False

@@ -177,6 +177,10 @@ class SlurmBackend:
             raise RunError(f"scontrol requeue {self._job_id}: {answer.complaint}")
         return job
 
+    async def ends_at(self) -> float:
+        """As SLURM has it now: preemption brings it forward."""
+        return (await show_job(self._job_id, self._environ)).ends_at
+
     async def is_preempted(self) -> bool:
         """Whether SLURM needs the hosts for others, or the time is over, or it has queued the job again already."""
         return await self._unless_refused(self._is_preempted, otherwise=False)

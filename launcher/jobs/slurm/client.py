@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from launcher.errors import RunError
 
@@ -72,6 +74,8 @@ class JobInfo:
     """Hosts that it is not to get, as SLURM writes them."""
     batch_host: str
     """Of the batch script."""
+    ends_at: float
+    """When SLURM ends it by force: its time limit, or the end of its grace time; in seconds since 1970, inf: not known."""
     is_preempted: bool
     """Whether others shall have its hosts, and it is in its grace time."""
 
@@ -131,8 +135,17 @@ def parse_job(text: str) -> JobInfo:
         hosts=tuple(hostlist.expand_hostlist(field("NodeList"))),
         excluded=field("ExcNodeList"),
         batch_host=field("BatchHost"),
+        ends_at=_seconds(field("EndTime")),
         is_preempted=bool(field("PreemptTime")),
     )
+
+
+def _seconds(local_time: str) -> float:
+    """Since 1970; inf for what is no time."""
+    try:
+        return datetime.fromisoformat(local_time).timestamp()
+    except ValueError:
+        return math.inf
 
 
 async def usable_hosts(hosts: tuple[str, ...], environ: Mapping[str, str] | None = None) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from launcher.jobs.supervision.attempt_end import AttemptEnd, Failure
 from launcher.jobs.supervision.first_failure import Scene, StarterEnd, of_absence, of_lost_host, of_starter
 from launcher.jobs.supervision.preflight_verdict import PreflightVerdict
 from launcher.jobs.supervision.ranks_watch import RanksWatch
+from launcher.jobs.supervision.stopping import Stopping
 
 _EVENT_SECONDS = 0.5
 """For an event that the head has told already."""
@@ -38,6 +39,7 @@ class AttemptRun:
         head: Head,
         journal: Journal,
         stop: StopAsked,
+        stopping: Stopping,
         number: int,
         directory: Path,
         hosts: Sequence[str],
@@ -46,6 +48,7 @@ class AttemptRun:
         self._head = head
         self._journal = journal
         self._stop = stop
+        self._stopping = stopping
         self._number = number
         self._directory = directory
         self._hosts = tuple(hosts)
@@ -124,6 +127,7 @@ class AttemptRun:
             attempt,
             agents,
             self._stop,
+            self._stopping,
             num_ranks=self._num_ranks,
             directory=self._directory,
             output=self._output,

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from cluster.fabric.findings import Finding
 from cluster.fabric.watch.hang_findings import ranks_text
 from launcher.first_cause import explains_itself, failed_at, failures, have_stopped, how_it_ended
-from launcher.jobs.agents.head import Attempt, HostLost, RankEnded
+from launcher.jobs.agents.head import Attempt, HostLost, RankEnded, StopHeard
 from launcher.jobs.backend import Agents
 from launcher.jobs.backends.starter import last_words
 from launcher.jobs.job import Job
@@ -35,6 +35,7 @@ from launcher.jobs.supervision.first_failure import (
 from launcher.jobs.supervision.hang_tail import HangTail, watched_ranks
 from launcher.jobs.supervision.preflight_verdict import PreflightVerdict
 from launcher.jobs.supervision.progress import last_step, newest_checkpoint
+from launcher.jobs.supervision.stopping import Stopping
 from launcher.rank_process import EXIT_STOPPED
 from launcher.verb import EXIT_REFUSED
 
@@ -57,6 +58,7 @@ class RanksWatch:
         attempt: Attempt,
         agents: Agents,
         stop: StopAsked,
+        stopping: Stopping,
         *,
         num_ranks: int,
         directory: Path,
@@ -67,6 +69,7 @@ class RanksWatch:
         self._attempt = attempt
         self._agents = agents
         self._stop = stop
+        self._stopping = stopping
         self._num_ranks = num_ranks
         self._directory = directory
         self._output = output
@@ -81,6 +84,7 @@ class RanksWatch:
         self._open = set(range(num_ranks))
         self._ended: dict[int, RankEnded] = {}
         self._lost: list[HostLost] = []
+        self._ranks_are_told = asyncio.Event()
         self._starter: StarterEnd | None = None
         self._hang: Finding | None = None
         self._result: Mapping[str, Any] | None = None
@@ -96,7 +100,14 @@ class RanksWatch:
     async def until_all_have_ended(self) -> AttemptEnd:
         """Returns once no rank runs any more, as far as hosts can be reached."""
         async with asyncio.TaskGroup() as group:
-            sources = (self._hear_head(), self._hear_starter(), self._hear_stop(), self._hear_interrupt(), self._look())
+            sources = (
+                self._hear_head(),
+                self._hear_starter(),
+                self._hear_stop(),
+                self._hear_stop_of_ranks(),
+                self._hear_interrupt(),
+                self._look(),
+            )
             tasks = [group.create_task(source) for source in sources]
             while self._open:
                 try:
@@ -141,8 +152,13 @@ class RanksWatch:
     async def _hear_head(self) -> None:
         while True:
             event = await self._attempt.next_event()
-            act = partial(self._on_lost, event) if isinstance(event, HostLost) else partial(self._on_end, event)
-            self._news.put_nowait(act)
+            match event:
+                case StopHeard():
+                    self._ranks_are_told.set()
+                case HostLost():
+                    self._news.put_nowait(partial(self._on_lost, event))
+                case RankEnded():
+                    self._news.put_nowait(partial(self._on_end, event))
 
     async def _hear_starter(self) -> None:
         code = await self._agents.wait()
@@ -153,6 +169,14 @@ class RanksWatch:
     async def _hear_stop(self) -> None:
         await self._stop.asked.wait()
         self._news.put_nowait(self._on_stop)
+        await self._stopping.until_saves_are_over()
+        self._news.put_nowait(self._on_saves_over)
+
+    async def _hear_stop_of_ranks(self) -> None:
+        """The scheduler may tell the ranks, and not this process."""
+        await self._ranks_are_told.wait()
+        await self._stopping.until_saves_are_over()
+        self._news.put_nowait(self._on_saves_over)
 
     async def _hear_interrupt(self) -> None:
         await self._stop.at_once.wait()
@@ -215,7 +239,9 @@ class RanksWatch:
         number = self._stop.signal
         assert number is not None
         self._attempt.signal(signal.SIGTERM if number == signal.SIGHUP else number)
-        self._end_within(self._job.launch.save_seconds)
+
+    async def _on_saves_over(self) -> None:
+        self._end_within(0.0)
 
     async def _on_interrupt(self) -> None:
         self._grace_s = 0.0

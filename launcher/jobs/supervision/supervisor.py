@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-import signal
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 from launcher.config import load_run_config
 from launcher.errors import ConfigError, RunError
@@ -32,10 +30,10 @@ from launcher.jobs.supervision.decision import decide, without_progress
 from launcher.jobs.supervision.first_state import first_state
 from launcher.jobs.supervision.host_lack import host_count, not_there
 from launcher.jobs.supervision.progress import newest_checkpoint
+from launcher.jobs.supervision.stopping import Stopping, StopReason
 from launcher.rank_process import EXIT_INTERRUPTED, EXIT_STOPPED
 from launcher.run_record import new_attempt
 
-StopReason = Literal["cancel", "preemption", "time_limit", "signal"]
 _CONTINUE = "the same command continues"
 
 
@@ -72,6 +70,7 @@ class _Supervisor:
         self._head = head
         self._journal = journal
         self._stop = stop
+        self._stopping = Stopping(job, journal, stop)
         self._losses: Counter[str] = Counter()
         """Of each host: attempts in a row, of those that it was part of, in which it was lost."""
         self._last_failure: Failure | None = None
@@ -84,33 +83,35 @@ class _Supervisor:
         return self._journal.state
 
     async def run(self, loss: Failure | None) -> JobEnd:
-        """Attempt after attempt. `loss`: of the supervisor before, from which this one takes over."""
+        """`loss`: of the supervisor before, from which this one takes over."""
+        try:
+            return await self._run(loss)
+        finally:
+            await self._stopping.close()
+
+    async def _run(self, loss: Failure | None) -> JobEnd:
+        """Attempt after attempt."""
         if loss is not None:
             await self._journal.event("failure", attempt=self._state.attempt, **loss.as_event())
         await self._begin()
-        if await self._is_cancelled():  # while it was queued
+        if await self._stopping.is_cancelled():  # while it was queued
             return await self._end_stopped(AttemptEnd(outcome="stopped"), "cancel")
         if self._state.attempts_without_progress >= self._job.launch.max_attempts_without_progress:
             return await self._give_up(without_progress(self._state.cause or "", self._state.attempts_without_progress))
-        stop_reason = asyncio.ensure_future(self._tell_stop())
-        try:
-            while True:
-                hosts = await self._wait_for_hosts()
-                if self._stop.signal is not None:
-                    return await self._end_stopped(AttemptEnd(outcome="stopped"), await self._why_stopped(stop_reason))
-                if not hosts:
-                    return await self._end_without_hosts()
-                end = await self._attempt(hosts)
-                if end.outcome == "finished":
-                    return await self._finish(end)
-                if end.outcome == "stopped" or self._stop.signal is not None:
-                    return await self._end_stopped(end, await self._why_stopped(stop_reason))
-                assert end.failure is not None
-                if (job_end := await self._after_failure(end.failure, hosts, clear_at=end.clear_at)) is not None:
-                    return job_end
-        finally:
-            stop_reason.cancel()
-            await asyncio.gather(stop_reason, return_exceptions=True)
+        while True:
+            hosts = await self._wait_for_hosts()
+            if self._stop.signal is not None:
+                return await self._end_stopped(AttemptEnd(outcome="stopped"), await self._stopping.why())
+            if not hosts:
+                return await self._end_without_hosts()
+            end = await self._attempt(hosts)
+            if end.outcome == "finished":
+                return await self._finish(end)
+            if end.outcome == "stopped" or self._stop.signal is not None:
+                return await self._end_stopped(end, await self._stopping.why())
+            assert end.failure is not None
+            if (job_end := await self._after_failure(end.failure, hosts, clear_at=end.clear_at)) is not None:
+                return job_end
 
     async def _begin(self) -> None:
         record = await asyncio.to_thread(self._job.folder.read_record)
@@ -219,6 +220,7 @@ class _Supervisor:
             head=self._head,
             journal=self._journal,
             stop=self._stop,
+            stopping=self._stopping,
             number=number,
             directory=directory,
             hosts=hosts,
@@ -281,7 +283,7 @@ class _Supervisor:
         not_used = f"; not used any more: {'; '.join(reasons)}" if reasons else ""
         after = f"; before that: {self._last_failure.message}" if self._last_failure is not None else ""
         cause = f"{lack}{not_used}{after}"
-        if await self._requeue("hosts", cause):
+        if await self._stopping.requeue("hosts", cause):
             return JobEnd(exit_code=EXIT_STOPPED, cause=cause, requeued=True)
         return await self._give_up(cause, 1 if self._last_failure is None else self._last_failure.exit_code)
 
@@ -291,57 +293,12 @@ class _Supervisor:
         await self._journal.update(state="finished", cause=None, attempts_without_progress=0, last_checkpoint=newest)
         return JobEnd(exit_code=0, result=end.result)
 
-    async def _tell_stop(self) -> StopReason:
-        """Waits for a stop signal; its reason."""
-        await self._stop.asked.wait()
-        assert self._stop.signal is not None
-        reason = await self._find_reason()
-        await self._journal.event("stop_asked", signal=self._stop.signal.name, reason=reason)
-        return reason
-
-    async def _find_reason(self) -> StopReason:
-        if await self._is_cancelled():
-            return "cancel"
-        if self._stop.signal == signal.SIGUSR1:
-            return "time_limit"
-        # Ranks may have been told to stop by the scheduler itself, before a signal came here.
-        if self._stop.signal in (signal.SIGTERM, None) and await self._ask_scheduler(self._job.backend.is_preempted):
-            return "preemption"
-        return "signal"
-
-    async def _why_stopped(self, told: asyncio.Future[StopReason]) -> StopReason:
-        """Once ranks have stopped. `told`: why the first signal came. It may have been cancelled since."""
-        if self._stop.signal is None:
-            await self._stop.sleep(self._job.patience.signal)
-        reason = await (self._find_reason() if self._stop.signal is None else told)
-        return "cancel" if await self._is_cancelled() else reason
-
-    async def _is_cancelled(self) -> bool:
-        return await asyncio.to_thread(self._job.folder.is_cancelled)
-
-    async def _ask_scheduler(self, ask: Callable[[], Awaitable[bool]]) -> bool:
-        """Its answer. It may have none for minutes, above all when it stops many jobs at once: it is asked again, until this
-        process is killed, the job is cancelled, or patience has an end; then False."""
-        deadline, is_told = time.monotonic() + self._job.patience.scheduler, False
-        while not await self._is_cancelled():
-            try:
-                return await ask()
-            except RunError as error:
-                is_over = time.monotonic() >= deadline or self._stop.at_once.is_set()
-                if is_over or not is_told:
-                    is_told = True
-                    self._job.say(f"the scheduler does not answer{'' if is_over else ' and is asked again'}: {error}")
-            if is_over:
-                break
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.at_once.wait(), self._job.patience.scheduler_look)
-        return False
-
     async def _end_stopped(self, end: AttemptEnd, reason: StopReason) -> JobEnd:
         """Asks for another start where the scheduler wants its hosts back; else the job ends here."""
         newest = await asyncio.to_thread(newest_checkpoint, self._job.run, known=self._state.last_checkpoint)
         # To be preempted is nobody's fault. A job that saves nothing until its time is over never will.
-        count = self._state.attempts_without_progress + (reason == "time_limit")
+        is_queued = self._stopping.is_counted
+        count = self._state.attempts_without_progress + (reason == "time_limit" and not is_queued)
         count = 0 if newest > self._state.last_checkpoint else count
         is_saved = end.outcome == "stopped" and end.saved
         if is_saved:
@@ -351,37 +308,17 @@ class _Supervisor:
             await self._journal.event("failure", attempt=self._state.attempt, **end.failure.as_event())
         else:
             how = f"ended before a checkpoint was saved; {_CONTINUE} from step {newest}"
-        cause = f"{self._who_stopped(reason)}; {how}"
+        cause = f"{self._stopping.who(reason)}; {how}"
         await self._journal.update(cause=cause, attempts_without_progress=count, last_checkpoint=newest)
-        if reason == "time_limit" and count >= self._job.launch.max_attempts_without_progress:
+        # One that is queued already gives up when it begins.
+        if reason == "time_limit" and not is_queued and count >= self._job.launch.max_attempts_without_progress:
             return await self._give_up(without_progress(cause, count))
         if reason in ("preemption", "time_limit"):
-            if await self._requeue(reason, cause):
+            if await self._stopping.requeue(reason, cause):
                 return JobEnd(exit_code=EXIT_STOPPED, cause=cause, requeued=True)
-            if await self._is_cancelled():
-                cause = f"{self._who_stopped('cancel')}; {how}"
+            if await self._stopping.is_cancelled():
+                cause = f"{self._stopping.who('cancel')}; {how}"
         await self._journal.update(state="failed", cause=cause)
         self._job.say(cause)
         interrupted = EXIT_INTERRUPTED if self._stop.at_once.is_set() else 1
         return JobEnd(exit_code=EXIT_STOPPED if is_saved else interrupted, cause=cause)
-
-    def _who_stopped(self, reason: StopReason) -> str:
-        name = "a signal to its ranks" if self._stop.signal is None else self._stop.signal.name
-        return {
-            "cancel": "cancelled",
-            "preemption": "preempted",
-            "time_limit": f"stopped before its time limit ({name})",
-            "signal": f"stopped by {name}",
-        }[reason]
-
-    async def _requeue(self, reason: str, cause: str) -> bool:
-        without = tuple(self._state.excluded_hosts)
-        requeues = self._state.requeues
-        # Before it is asked for: the scheduler may end this process at once.
-        await self._journal.update(state="queued", cause=cause, requeues=requeues + 1)
-        if not await self._ask_scheduler(partial(self._job.backend.requeue, without=without, reason=reason)):
-            await self._journal.update(requeues=requeues)
-            return False
-        await self._journal.event("requeue", reason=reason, without=without)
-        self._job.say(f"{cause}; the job is queued again" + (f", without {', '.join(without)}" if without else ""))
-        return True

@@ -82,6 +82,9 @@ class TorchrunBackend:
         """There is no queue."""
         return False
 
+    async def ends_at(self) -> None:
+        """Nobody does."""
+
     async def is_preempted(self) -> bool:
         """Nobody could."""
         return False

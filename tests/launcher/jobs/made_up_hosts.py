@@ -129,6 +129,7 @@ class MadeUpHosts:
         self.requeues: list[dict[str, Any]] = []
         self.accepts_requeue = True
         self.preempted = False
+        self.ends_in: float | None = None
         self.starts: list[tuple[str, ...]] = []
         self.agents: dict[str, Starter] = {}
         """The last one of each host, in the last start."""
@@ -161,6 +162,9 @@ class MadeUpHosts:
     async def requeue(self, *, without: Sequence[str], reason: str) -> bool:
         self.requeues.append({"without": tuple(without), "reason": reason})
         return self.accepts_requeue
+
+    async def ends_at(self) -> float | None:
+        return None if self.ends_in is None else time.time() + self.ends_in
 
     async def is_preempted(self) -> bool:
         return self.preempted

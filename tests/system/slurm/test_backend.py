@@ -16,6 +16,7 @@ import pytest
 from launcher.jobs.job_record import JobFolder, JobRecord, SupervisorState
 from megamodel.train.run_directory import RunDirectory
 from tests.system.slurm.cluster import SlurmOfHosts
+from tests.system.slurm.configuration import GRACE_SECONDS
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +77,8 @@ async def main():
             elif verb == "requeue":
                 requeue = lambda: backend.requeue(without=words[0], reason="hosts")
                 answer(number, accepted=await until_answered(requeue))
+            elif verb == "ends":
+                answer(number, ends_in=await until_answered(backend.ends_at) - time.time())
             elif verb == "preempted":
                 answer(number, is_preempted=await until_answered(backend.is_preempted))
 
@@ -220,9 +223,11 @@ def test_preemption_is_told_from_a_cancellation(slurm: SlurmOfHosts, tmp_path: P
     job = Supervised(slurm, tmp_path, hosts=4)
     job.hear()
     assert job.ask("preempted") == {"is_preempted": False}
+    assert job.ask("ends")["ends_in"] > 3600.0
     slurm.submit("sleep", "1", options=["--partition=high", f"--nodes={len(slurm.names)}", "--exclusive"])
     wait_until(lambda: slurm.job(job.job).get("PreemptTime", "None") != "None", slurm.logs)
     assert job.ask("preempted") == {"is_preempted": True}
+    assert job.ask("ends")["ends_in"] <= GRACE_SECONDS
 
 
 def test_the_loss_of_the_first_host_does_not_leave_a_job_without_a_head(slurm: SlurmOfHosts, tmp_path: Path) -> None:

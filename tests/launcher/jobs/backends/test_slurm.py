@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,11 @@ def test_a_host_that_has_left_the_job_does_not_come_back(fake_slurm: FakeSlurm, 
     fake_slurm.program("scontrol", "exit 1")
     with pytest.raises(RunError, match="job 7"):
         run(case.backend.possible_hosts())
+
+
+def test_when_slurm_ends_the_job(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
+    fake_slurm.job(EndTime="2026-11-23T11:01:16")
+    assert run(Case(tmp_path).backend.ends_at()) == datetime(2026, 11, 23, 11, 1, 16).timestamp()
 
 
 def test_a_step_has_agents_on_the_hosts_and_their_environment(fake_slurm: FakeSlurm, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable
+from datetime import datetime
 from typing import TypeVar
 
 import pytest
@@ -40,10 +42,14 @@ def test_a_job() -> None:
         hosts=("n1", "n2", "n3", "n4"),
         excluded="",
         batch_host="n1",
+        ends_at=math.inf,
         is_preempted=False,
     )
     preempted = parse_job(RUNNING_JOB.replace("PreemptTime=None", "PreemptTime=2026-11-23T11:01:12"))
     assert preempted.is_preempted
+    end = datetime(2026, 11, 23, 11, 1, 16)
+    assert parse_job(f"{RUNNING_JOB} EndTime={end.isoformat()}").ends_at == end.timestamp()
+    assert parse_job(f"{RUNNING_JOB} EndTime=Unknown").ends_at == math.inf
     # While it is requeued SLURM leaves that field out.
     requeued = parse_job(
         "JobState=COMPLETING Reason=TimeLimit Restarts=1 NodeList=n[1,3] BatchHost=n1 Comment=NodeList=n9"
