@@ -48,7 +48,11 @@ def _preflight(event: Event) -> str:
 
 def _reason(event: Event, before: str) -> str:
     reason = event.get("reason")
-    return f"{before}: {str(reason).replace('_', ' ')}" if reason else before
+    if not reason:
+        return before
+    # One word is a name of ours; a sentence may name an axis of the mesh.
+    words = str(reason)
+    return f"{before}: {words if ' ' in words else words.replace('_', ' ')}"
 
 
 _WORDS: dict[str, Callable[[Event], str]] = {

@@ -90,7 +90,6 @@ def _contents(
         "waits": wait_drawings(_some(sound), verdict),
         "preflight": tables.preflight_table(facts.events),
         "events": tables.events_table(facts.events),
-        "num_events": len(facts.events),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from typing import Any
 
 from cluster.fabric.findings import Finding
@@ -78,7 +79,9 @@ def summary(status: RunStatus, series: MetricSeries, ledger: Ledger | None) -> l
     if ledger is not None and ledger.goodput is not None:
         figures.append(KeyFigure(label="goodput", value=f"{100 * ledger.goodput:.1f}", unit="%"))
         figures.append(KeyFigure(label="wall clock", value=span(ledger.whole_s), unit=""))
-    figures.append(KeyFigure(label="restarts", value=f"{status.restarts:,}", unit=""))
+    # Over the whole run; the status counts those of its last job.
+    restarts = status.restarts if ledger is None else max(0, len(ledger.starts) - 1)
+    figures.append(KeyFigure(label="restarts", value=f"{restarts:,}", unit=""))
     return figures
 
 
@@ -164,13 +167,39 @@ def preflight_table(events: Iterable[Mapping[str, Any]]) -> Table | None:
     return Table(head=("attempt", "when", "took", "verdict"), rows=rows, numeric=frozenset({0, 2})) if rows else None
 
 
-def events_table(events: Sequence[Mapping[str, Any]]) -> Table | None:
-    """What has happened; the last of it where that is much."""
-    told = [event for event in events if event["event"] not in _UNTOLD][-MOST_EVENTS:]
-    rows = tuple(
-        (moment(event["time"]), str(event["event"]).replace("_", " "), _line(event_words(event))) for event in told
+@dataclass(frozen=True, kw_only=True)
+class EventsTable:
+    """What has happened."""
+
+    table: Table
+    heading: str
+    """How many rows there are, and whether these are all."""
+
+
+def events_table(events: Sequence[Mapping[str, Any]]) -> EventsTable | None:
+    """What has happened; the last of it where that is much. Checkpoints one after another are one row: of a healthy run there
+    is little else."""
+    told = [event for event in events if event["event"] not in _UNTOLD]
+    groups = groupby(enumerate(told), key=lambda each: -1 if each[1]["event"] == "checkpoint" else each[0])
+    all_rows = [_event_row([event for _, event in group]) for _, group in groups]
+    rows = tuple(all_rows[-MOST_EVENTS:])
+    if not rows:
+        return None
+    several = f"{len(rows)} rows" if len(rows) > 1 else "1 row"
+    heading = several if len(rows) == len(all_rows) else f"The last {len(rows)} of {len(all_rows):,} rows"
+    return EventsTable(
+        table=Table(head=("when", "event", "what"), rows=rows, numeric=frozenset()),
+        heading=heading,
     )
-    return Table(head=("when", "event", "what"), rows=rows, numeric=frozenset()) if rows else None
+
+
+def _event_row(events: Sequence[Mapping[str, Any]]) -> tuple[str, str, str]:
+    """Of one event, or of several checkpoints."""
+    first, last = events[0], events[-1]
+    if len(events) > 1:
+        steps = f"of steps {first.get('step')} to {last.get('step')}, until {moment(last['time'])}"
+        return moment(first["time"]), "checkpoints", f"{len(events):,} checkpoints {steps}"
+    return moment(first["time"]), str(first["event"]).replace("_", " "), _line(event_words(first))
 
 
 def verdict_of(findings: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _say_all(out: Output, seen: Sequence[RunStatus], directory: Path | None) -> 
 def _say_one(out: Output, seen: RunStatus) -> None:
     from launcher.event_words import duration
 
-    row = dict(zip(_COLUMNS, _row(seen), strict=True))
+    row = dict(zip(_COLUMNS, _row(seen, short=False), strict=True))
     row |= {
         "run": seen.directory,
         "attempt": str(seen.attempt),
@@ -129,7 +129,8 @@ def _drawn(seen: Sequence[RunStatus]) -> RenderableType:
     return Group(table, *map(Text, _causes(seen)))
 
 
-def _row(seen: RunStatus) -> tuple[str, ...]:
+def _row(seen: RunStatus, *, short: bool = True) -> tuple[str, ...]:
+    """`short`: one of many rows, in which an event has little room."""
     from launcher.event_words import duration
 
     total = "" if seen.total_steps is None else f"/{seen.total_steps:,}"
@@ -143,7 +144,7 @@ def _row(seen: RunStatus) -> tuple[str, ...]:
         "–" if seen.mfu is None else f"{seen.mfu:.1%}",
         "–" if seen.eta_s is None else duration(seen.eta_s),
         str(seen.restarts),
-        "–" if seen.last_event is None else f"{_short(seen.last_event)}{age}",
+        "–" if seen.last_event is None else f"{_short(seen.last_event) if short else seen.last_event}{age}",
     )
 
 

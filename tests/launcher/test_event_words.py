@@ -22,6 +22,8 @@ from launcher.event_words import _WORDS, duration, event_words
         ({"event": "exclude", "host": "n2", "reason": "slow link"}, "n2 is not used any more: slow link"),
         ({"event": "wait_for_hosts", "have": ["n1"], "need": 2}, "waiting for hosts: 1 of 2"),
         ({"event": "stop_asked", "reason": "time_limit"}, "asked to stop: time limit"),
+        ({"event": "restart", "reason": "hung in all_reduce on dp_shard"}, "starting again: hung in all_reduce on dp_shard"),
+        ({"event": "requeue", "reason": "host_lost"}, "queued again: host lost"),
         ({"event": "requeue", "reason": "preemption"}, "queued again: preemption"),
         ({"event": "give_up", "cause": "no disk"}, "given up: no disk"),
         ({"event": "resume", "step": 20, "message": "x"}, "training on after step 20"),

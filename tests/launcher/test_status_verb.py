@@ -79,6 +79,17 @@ def test_one_run_with_all_that_is_known_of_it() -> None:
         assert line in shown
 
 
+def test_the_last_event_is_cut_in_the_table_of_many_runs_alone() -> None:
+    three_runs()
+    words = "rank 1 of 2 on n3 lost the others in an all_reduce of 156544 Float on dp_replicate dp_shard cp"
+    run = MadeRun(Path("runs/long"))
+    run.event("end", ago=7, step=100)
+    run.event("fabric_finding", ago=5, message=words)
+    assert f"fabric: {words}, 5 s ago" in said(runs=[Path("long")])
+    assert words not in said()
+    assert f"fabric: {words[:51]}…, 5 s ago" in said()
+
+
 def test_one_run_for_programs() -> None:
     three_runs()
     data = answer(runs=[Path("runs/failed")])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from launcher.goodput import Ledger
+from launcher.jobs.inspection.status import run_status
 from launcher.report import tables
+from launcher.report.series import MetricSeries
 from launcher.report.tables import MOST_EVENTS, MOST_ROWS
 from tests.cluster.fabric.report.samples import STRAGGLER
 from tests.launcher.report.samples import full_run
@@ -57,14 +61,32 @@ def test_of_many_the_last_are_shown() -> None:
     events += [{"time": 1.8e9, "event": "sample", "text": "x"}]
     table = tables.events_table(events)
     assert table is not None
-    assert len(table.rows) == MOST_EVENTS
-    assert table.rows[-1][2] == "attempt 999 on its hosts"
+    assert len(table.table.rows) == MOST_EVENTS
+    assert table.heading == f"The last {MOST_EVENTS} of 1,000 rows"
+    assert table.table.rows[-1][2] == "attempt 999 on its hosts"
     preflights = [{"time": 1.7e9, "event": "preflight", "attempt": number, "ok": True} for number in range(100)]
     checks = tables.preflight_table(preflights)
     assert checks is not None
     assert len(checks.rows) == MOST_ROWS
     assert tables.preflight_table([]) is None
     assert tables.events_table([]) is None
+
+
+def test_checkpoints_do_not_drown_other_events() -> None:
+    saves = [{"time": 1.7e9 + step, "event": "checkpoint", "step": step} for step in range(5, 45, 5)]
+    failure = {"time": 1.7e9 + 50, "event": "failure", "message": "rank 1 died"}
+    told = tables.events_table([*saves, failure, {"time": 1.7e9 + 60, "event": "checkpoint", "step": 45}])
+    assert told is not None
+    assert told.heading == "3 rows"
+    assert [row[1] for row in told.table.rows] == ["checkpoints", "failure", "checkpoint"]
+    assert told.table.rows[0][2].startswith("8 checkpoints of steps 5 to 40, until 20")
+    assert told.table.rows[2][2] == "checkpoint of step 45"
+
+
+def test_restarts_are_those_of_the_whole_run(tmp_path: Path) -> None:
+    story = full_run(tmp_path)
+    figures = {each.label: each.value for each in tables.summary(run_status(story.run), MetricSeries(), story.ledger())}
+    assert figures["restarts"] == "2"
 
 
 def test_damaged_findings_are_left_out() -> None:
