@@ -204,6 +204,8 @@ def _explain(root: type[BaseModel], path: KeyPath, details: list[ErrorDetails]) 
         return f"must be set{about}"
     if kind in ("model_type", "dict_type") and section_models(root, path):
         return f"must be a table, [{'.'.join(map(str, path))}]"
+    if kind == "string_pattern_mismatch" and field is not None and isinstance(field.json_schema_extra, dict):
+        return f"must be {field.json_schema_extra['form']}"
     messages = dict.fromkeys(_plain(entry) for entry in details)
     text = " or ".join(messages)
     if kind == "literal_error" and field is not None:

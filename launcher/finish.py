@@ -94,6 +94,16 @@ def newest_is_exported(directory: RunDirectory, options: ExportConfig) -> bool:
     return bool(complete) and read_origin(directory.export / "hf") == _origin(directory, complete[-1].step, options)
 
 
+def finished_step(config: RunConfig) -> int | None:
+    """The step at which the run of `config` has finished; None where there is something to train, or to export."""
+    directory = RunDirectory(config.run_directory)
+    complete = CheckpointDirectory(directory.checkpoints).list()
+    if not complete or complete[-1].step < config.train.steps:
+        return None
+    is_exported = config.export.format == "none" or newest_is_exported(directory, config.export)
+    return complete[-1].step if is_exported else None
+
+
 def newest_is_sampled(directory: RunDirectory) -> bool:
     """Whether the run's events hold text that its newest checkpoint wrote."""
     complete = CheckpointDirectory(directory.checkpoints).list()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 _SECTION = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+# What a pattern means, for who has missed it.
+_TIME: dict[str, JsonValue] = {"form": "minutes, HH:MM:SS or D-HH:MM:SS"}
+_MEMORY: dict[str, JsonValue] = {"form": "a number, in megabytes or with K, M, G or T, such as 512G"}
 
 
 class PreflightConfig(BaseModel):
@@ -107,7 +110,7 @@ class SlurmConfig(BaseModel):
     """Account that is charged."""
     qos: str | None = Field(default=None, min_length=1)
     """Quality of service."""
-    time: str | None = Field(default=None, pattern=r"^(\d+-)?\d+(:\d+){0,2}$")
+    time: str | None = Field(default=None, pattern=r"^(\d+-)?\d+(:\d+){0,2}$", json_schema_extra=_TIME)
     """Time limit of one start of the job, as SLURM writes it: minutes, HH:MM:SS, D-HH. Before it the run saves and is
     requeued."""
     nodes: int | None = Field(default=None, ge=1)
@@ -116,7 +119,7 @@ class SlurmConfig(BaseModel):
     """GPUs of each host (--gpus-per-node). Left out: none is asked for."""
     cpus_per_rank: int | None = Field(default=None, ge=1)
     """Cores of each rank. Left out: as the partition has it."""
-    memory: str | None = Field(default=None, pattern=r"^\d+[KMGT]?$")
+    memory: str | None = Field(default=None, pattern=r"^\d+[KMGT]?$", json_schema_extra=_MEMORY)
     """Main memory of each host (--mem), such as 512G; 0 is all of it."""
     constraint: str | None = Field(default=None, min_length=1)
     """Features that hosts must have."""

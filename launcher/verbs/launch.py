@@ -172,8 +172,10 @@ def _under_torchrun(out: Output, plan: LaunchPlan, roster: Roster) -> int:
 
 
 def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool, forget_excluded: bool) -> int:
+    from launcher.finish import finished_step
     from launcher.jobs.job_record import JobFolder
     from launcher.jobs.slurm.script import render_script
+    from launcher.jobs.submission.asked_of_slurm import asked_by, check_programs
     from launcher.jobs.submission.plan import working_directory
     from launcher.jobs.submission.submit import submit, try_submission
 
@@ -188,17 +190,29 @@ def _on_slurm(out: Output, plan: LaunchPlan, *, dry_run: bool, wait: bool, forge
         out.say(f"not asked for: {host}, which an earlier job of this run has left out ({reason})")
     if excluded:
         out.say("--forget-excluded asks for all hosts again")
+    if (step := finished_step(plan.config)) is not None:
+        out.say(f"Nothing to do: this run is at step {step:,}, and train.steps = {plan.config.train.steps}.")
+        if not dry_run:
+            out.result({"run_dir": str(plan.run.root), "job_id": None, "step": step, "finished": True})
+            return 0
     has_sbatch = shutil.which("sbatch") is not None
     if not has_sbatch and not dry_run:
         raise ConfigError("--on slurm needs sbatch on PATH, and it is not there: run this where jobs are submitted")
     if not has_sbatch:
         return _preview(out, plan, script=script, said="not asked: there is no sbatch here")
+    if doubt := check_programs(os.environ, may_be_set_up=bool(plan.config.slurm.setup_lines)):
+        out.warn(doubt)
     try:
         said = try_submission(script, os.environ)
     except RunError as error:
         if not dry_run:
             raise
         said = f"not asked: {error}"
+    except ConfigError as error:
+        refusal = f"{error}; {asked_by(plan.config, plan.ranks_per_host)}"
+        if not dry_run:
+            raise ConfigError(refusal) from error
+        return _preview(out, plan, script=script, said="it refuses this script, see below", refusal=refusal)
     if dry_run:
         return _preview(out, plan, script=script, said=said)
     submitted = submit(plan, script, os.environ, say=out.warn, forget_excluded=forget_excluded)
@@ -247,7 +261,10 @@ def _wait(out: Output, plan: LaunchPlan, submitted: Submitted, answer: dict[str,
     return EXIT_STOPPED if submitted.folder.is_cancelled() else EXIT_FAILED
 
 
-def _preview(out: Output, plan: LaunchPlan, *, script: str | None = None, said: str | None = None) -> int:
+def _preview(
+    out: Output, plan: LaunchPlan, *, script: str | None = None, said: str | None = None, refusal: str | None = None
+) -> int:
+    """`refusal`: why SLURM would not take the script, which is shown all the same."""
     from launcher.jobs.preview import as_data, starter_command, variables_of_ranks
     from launcher.jobs.submission.plan import working_directory
     from launcher.layout_summary import in_words, layout_summary
@@ -280,9 +297,13 @@ def _preview(out: Output, plan: LaunchPlan, *, script: str | None = None, said: 
             "slurm_says": said,
             "starter": starter,
             "environment": as_data(variables),
+            **({} if refusal is None else {"error": refusal}),
         }
     )
-    return 0
+    if refusal is None:
+        return 0
+    out.warn(f"error: {refusal}")
+    return ConfigError.exit_code
 
 
 def _in_foreground(out: Output, plan: LaunchPlan) -> int:

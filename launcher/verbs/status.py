@@ -134,6 +134,8 @@ def _row(seen: RunStatus, *, short: bool = True) -> tuple[str, ...]:
     from launcher.event_words import duration
 
     total = "" if seen.total_steps is None else f"/{seen.total_steps:,}"
+    if seen.total_steps is not None and seen.step > seen.total_steps:  # fewer are asked for than it has made
+        total = f" (of {seen.total_steps:,})"
     age = "" if seen.last_event_age_s is None else f", {duration(seen.last_event_age_s)} ago"
     return (
         seen.name,

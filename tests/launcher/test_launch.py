@@ -109,7 +109,9 @@ def test_what_slurm_complains_of_is_told(mega: Mega, tiny: Path, queue: FakeSlur
     queue.program("sbatch", 'cat > "$FAKE/script"; echo "sbatch: error: invalid partition specified: nope" >&2; exit 1')
     ended = mega("launch", tiny, "--on", "slurm", "--set", "slurm.partition=nope")
     assert ended.code == 2
-    assert ended.err == "error: SLURM would not take this job: invalid partition specified: nope\n"
+    refusal = "SLURM would not take this job: invalid partition specified: nope; it is asked for launch.nodes = 1"
+    assert ended.err.startswith(f"error: {refusal}")
+    assert 'slurm.partition = "nope"' in ended.err
     assert queue.calls() == ["sbatch --test-only"]
     assert "#SBATCH --partition=nope" in (queue.folder / "script").read_text()
     assert not Path("runs").exists()

@@ -72,6 +72,12 @@ def test_all_runs_in_one_table() -> None:
     assert lines[4:] == ["failed: rank 1 on n3 was killed"]
 
 
+def test_a_run_that_has_made_more_steps_than_are_asked_for_now() -> None:
+    run = MadeRun(Path("runs/longer"), total_steps=200)
+    run.steps(1, 300, ago=10)
+    assert "300 (of 200)" in said()
+
+
 def test_one_run_with_all_that_is_known_of_it() -> None:
     three_runs()
     shown = said(runs=[Path("failed")])
