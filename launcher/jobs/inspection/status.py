@@ -15,6 +15,8 @@ from megamodel.train.run_directory import RunDirectory
 
 SILENT_SECONDS = 30.0
 """A supervisor that lives writes its state every few seconds."""
+_QUIET_SECONDS = 10.0
+"""After which SLURM's queue is asked: a job that is not in it has no supervisor."""
 _FRESH_SECONDS = 120.0
 """Where a file system has no locks, a run that has written nothing for so long, or for ten of its steps, does not train."""
 UNCONFIRMED = "SLURM has not confirmed the job: the same `mega launch` finds it, or submits it"
@@ -126,10 +128,13 @@ def _judge(facts: RunFacts, queue: Mapping[str, QueuedJob] | None, now: float) -
     if facts.state is None:
         return _judge_waiting(facts, queue, now)
     state = facts.state
-    if state.state in ("finished", "failed") or not _is_silent(facts, now):
+    in_slurm = queue is not None and facts.record is not None and facts.record.job_id is not None
+    if state.state in ("finished", "failed") or not _is_silent(facts, now, _QUIET_SECONDS if in_slurm else SILENT_SECONDS):
         return _Verdict(state=state.state, cause=state.cause)
     job = _job_of(facts, queue)
     if job is not None:
+        if not job.waits and not _is_silent(facts, now):
+            return _Verdict(state=state.state, cause=state.cause)
         waiting: JobState = "queued" if state.state == "queued" or not state.attempt else "restarting"
         return _Verdict(
             state=waiting if job.waits else "running", cause=state.cause, queue_reason=job.reason if job.waits else None
@@ -145,8 +150,11 @@ def _judge(facts: RunFacts, queue: Mapping[str, QueuedJob] | None, now: float) -
     silence = duration(now - (facts.heard or now))
     before = f"; before that: {state.cause}" if state.cause else ""
     gone = f", and job {facts.record.job_id} is gone" if queue is not None and facts.record is not None else ""
+    saved = facts.last("checkpoint")
+    mend = "launch it again" + (f": it goes on from step {saved.get('step')}" if saved is not None else "")
     return _Verdict(
-        state="failed", cause=f"its supervisor on {state.host} has not been heard of for {silence}{gone}{before}"
+        state="failed",
+        cause=f"its supervisor on {state.host} has not been heard of for {silence}{gone}{before}; {mend}",
     )
 
 
@@ -211,15 +219,17 @@ def _is_plain(facts: RunFacts) -> bool:
     return started > since
 
 
-def _is_silent(facts: RunFacts, now: float) -> bool:
-    return facts.heard is None or now - facts.heard > SILENT_SECONDS
+def _is_silent(facts: RunFacts, now: float, seconds: float = SILENT_SECONDS) -> bool:
+    return facts.heard is None or now - facts.heard > seconds
 
 
 def _queue_knows(facts: RunFacts, now: float) -> bool:
     """Whether SLURM's queue may tell what the files do not."""
     if _is_plain(facts) or facts.record is None or facts.record.job_id is None:
         return False
-    return facts.state is None or (facts.state.state not in ("finished", "failed") and _is_silent(facts, now))
+    if facts.state is None:
+        return True
+    return facts.state.state not in ("finished", "failed") and _is_silent(facts, now, _QUIET_SECONDS)
 
 
 def _job_of(facts: RunFacts, queue: Mapping[str, QueuedJob] | None) -> QueuedJob | None:

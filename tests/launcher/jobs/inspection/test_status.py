@@ -165,7 +165,7 @@ def test_a_silent_supervisor_is_told(run: MadeRun) -> None:
     run.supervised("running", ago=300, cause="rank 1 died")
     status = seen(run, asks=False)
     assert status.state == "failed"
-    assert status.cause == "its supervisor on n1 has not been heard of for 5 min; before that: rank 1 died"
+    assert status.cause == "its supervisor on n1 has not been heard of for 5 min; before that: rank 1 died; launch it again"
 
 
 @pytest.mark.parametrize("state", ["running", "restarting"])
@@ -205,13 +205,24 @@ def test_of_a_silent_supervisor_the_queue_may_know(run: MadeRun) -> None:
     queued = seen(run, PENDING)
     assert (queued.state, queued.queue_reason, queued.cause) == ("restarting", "Resources", "n2 was lost")
     assert seen(run, RUNNING).state == "running"
+    run.event("checkpoint", ago=310, step=40)
     gone = seen(run, {})
     assert gone.state == "failed"
-    assert (
-        gone.cause
-        == "its supervisor on n1 has not been heard of for 5 min, and job 17 is gone; before that: n2 was lost"
+    assert gone.cause == (
+        "its supervisor on n1 has not been heard of for 5 min, and job 17 is gone; before that: n2 was lost; "
+        "launch it again: it goes on from step 40"
     )
     assert seen(run, None).state == "failed"
+
+
+def test_of_a_supervisor_that_is_quiet_for_seconds_the_queue_tells_whether_it_was_killed(run: MadeRun) -> None:
+    run.launched(ago=5000)
+    run.supervised("restarting", ago=11)
+    assert seen(run, {}).state == "failed"
+    assert seen(run, None).state == "restarting"  # nobody knows yet
+    assert seen(run, RUNNING).state == "restarting"
+    run.supervised("restarting", ago=9)
+    assert seen(run, asks=False).state == "restarting"
 
 
 def test_a_job_that_was_queued_again_waits(run: MadeRun) -> None:
