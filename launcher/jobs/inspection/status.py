@@ -129,7 +129,8 @@ def _judge(facts: RunFacts, queue: Mapping[str, QueuedJob] | None, now: float) -
         return _judge_waiting(facts, queue, now)
     state = facts.state
     in_slurm = queue is not None and facts.record is not None and facts.record.job_id is not None
-    if state.state in ("finished", "failed") or not _is_silent(facts, now, _QUIET_SECONDS if in_slurm else SILENT_SECONDS):
+    limit = _QUIET_SECONDS if in_slurm else SILENT_SECONDS
+    if state.state in ("finished", "failed") or not _is_silent(facts, now, limit):
         return _Verdict(state=state.state, cause=state.cause)
     job = _job_of(facts, queue)
     if job is not None:
