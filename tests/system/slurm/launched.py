@@ -184,7 +184,12 @@ class LaunchedRun:
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The processes of this run's ranks, by rank."""
-        return {int(process.environ()["RANK"]): process for process in self._processes(" train ") if _rank(process)}
+        found = {}
+        for process in self._processes(" train "):
+            with suppress(psutil.Error):  # gone since
+                if (rank := process.environ().get("RANK")) is not None:
+                    found[int(rank)] = process
+        return found
 
     def agents(self) -> dict[str, psutil.Process]:
         """The agents of this run, by host."""
@@ -198,7 +203,7 @@ class LaunchedRun:
         """What is left of this run's ranks and agents."""
         return [*self.ranks().values(), *self.agents().values()]
 
-    def wait_until_nothing_is_left(self, *, seconds: float = 30.0) -> None:
+    def wait_until_nothing_is_left(self, *, seconds: float = 90.0) -> None:
         """An ended run has no process anywhere."""
         deadline = time.monotonic() + seconds
         while left := self.orphans():
@@ -230,9 +235,3 @@ class LaunchedRun:
         if self.run_root is not None:
             settings.append(f"run.directory={self.run_root}")
         return [word for setting in settings for word in ("--set", setting)]
-
-
-def _rank(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return "RANK" in process.environ()
-    return False

@@ -50,6 +50,9 @@ class Scenario:
     """Reasons of the launcher's own requeues that must be, in order."""
     starts: int = 1
     """How often SLURM must have started the job."""
+    repeats: bool = False
+    """Whether the last requeue, and a start with it, may come again: SLURM looks at limits twice a minute, and where it is
+    unlucky or busy a start ends before the run does."""
     settings: tuple[str, ...] = ()
     small_disk: bool = False
     """The run is written to a disk of its own, which can be filled."""
@@ -224,6 +227,7 @@ SCENARIOS: dict[str, Scenario] = {
         requeues=("time_limit",),
         settings=("slurm.time=1", "slurm.signal_seconds=35"),
         starts=2,
+        repeats=True,
     ),
     "requeue by the admin": Scenario(inject=_requeue, starts=2),
     "disk full in a save": Scenario(

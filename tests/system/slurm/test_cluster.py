@@ -16,6 +16,7 @@ from tests.system.slurm.cluster import MPI_ENVIRONMENT, CommandError, SlurmOfHos
 pytestmark = [requires("netns"), requires("slurm")]
 
 HOSTS = ["h0", "h1", "h2", "h3"]
+_SECONDS = 90.0
 ON_ALL = "--nodelist=h[0-3]"
 """Not only their number: on a busy machine SLURM may take the spare one for one that is late to answer."""
 _MPI_PROGRAM = """
@@ -34,20 +35,20 @@ def test_a_step_runs_on_all_hosts(slurm: SlurmOfHosts) -> None:
 
 def test_a_batch_job_runs_steps(slurm: SlurmOfHosts) -> None:
     job_id = slurm.submit("srun", "--label", "hostname", options=[ON_ALL])
-    job = slurm.wait_for(job_id, "COMPLETED", 30.0)
+    job = slurm.wait_for(job_id, "COMPLETED", _SECONDS)
     assert (job["BatchHost"], job["NodeList"], job["ExitCode"]) == ("h0", "h[0-3]", "0:0")
     assert sorted(slurm.output(job_id).splitlines()) == [f"{number}: {name}" for number, name in enumerate(HOSTS)]
 
 
 def test_processes_of_a_job_are_on_their_host(slurm: SlurmOfHosts) -> None:
     job_id = slurm.submit("srun", "sleep", "1000", options=["--nodelist=h0,h1"])
-    deadline = time.monotonic() + 30.0
+    deadline = time.monotonic() + _SECONDS
     while not all(sleeping(slurm, host) for host in ("h0", "h1")):
         assert time.monotonic() < deadline, slurm.logs()
         time.sleep(0.1)
     assert not sleeping(slurm, "h2")
     slurm.run("scancel", str(job_id))
-    slurm.wait_for(job_id, "CANCELLED", 30.0)
+    slurm.wait_for(job_id, "CANCELLED", _SECONDS)
 
 
 def test_a_job_gives_way_and_is_told_where_the_settings_say_so() -> None:
@@ -55,14 +56,15 @@ def test_a_job_gives_way_and_is_told_where_the_settings_say_so() -> None:
         script = "trap 'echo told; scontrol requeue $SLURM_JOB_ID; exit 0' USR1; echo start $SLURM_RESTART_COUNT; "
         script += "while true; do sleep 0.1; done"
         low = slurm.submit("sh", "-c", script, options=["--exclusive", "--signal=B:USR1@10"])
-        slurm.wait_for(low, "RUNNING", 30.0)
-        deadline = time.monotonic() + 30.0
+        slurm.wait_for(low, "RUNNING", _SECONDS)
+        deadline = time.monotonic() + _SECONDS
         while "start" not in slurm.output(low):
             assert time.monotonic() < deadline, slurm.logs()
             time.sleep(0.1)
         high = slurm.submit("true", options=["--exclusive", "--partition=high"])
-        slurm.wait_for(high, "COMPLETED", 30.0)
-        assert slurm.wait_for(low, "RUNNING", 30.0)["Restarts"] == "1"
+        slurm.wait_for(high, "COMPLETED", _SECONDS)
+        assert slurm.wait_for(low, "RUNNING", _SECONDS)["Restarts"] == "1"
+        deadline = time.monotonic() + _SECONDS
         while not slurm.output(low).endswith("start 1\n"):
             assert time.monotonic() < deadline, slurm.output(low)
             time.sleep(0.1)
@@ -98,12 +100,14 @@ def test_a_link_and_its_rate(slurm: SlurmOfHosts) -> None:
         assert sink.stdout.readline()
         return float(slurm.run(sys.executable, "-c", send, host="h3").stdout)
 
-    assert time_of_a_megabyte() < 1.0
+    free = min(time_of_a_megabyte() for _ in range(3))
     slurm.set_rate("h2", 4.0)
     try:
-        assert time_of_a_megabyte() > 1.5
+        shaped = time_of_a_megabyte()
     finally:
         slurm.set_rate("h2")
+    assert shaped > 1.5
+    assert free < shaped / 2
     slurm.link_down("h2")
     try:
         with pytest.raises(CommandError, match="took more than"):
@@ -111,16 +115,16 @@ def test_a_link_and_its_rate(slurm: SlurmOfHosts) -> None:
     finally:
         slurm.link_up("h2")
     with pytest.raises(CommandError, match="ConnectionRefused"):
-        slurm.run(sys.executable, "-c", "import socket; socket.create_connection(('h2', 7001))", timeout=10.0)
+        slurm.run(sys.executable, "-c", "import socket; socket.create_connection(('h2', 7001))")
 
 
 @pytest.mark.slow
 def test_a_dead_host_is_noticed_and_comes_back(slurm: SlurmOfHosts) -> None:
     slurm.kill_host("h3")
     assert slurm.processes("h3") == []
-    assert "NOT_RESPONDING" in slurm.wait_for_node("h3", "DOWN", 60.0)["State"]
+    assert "NOT_RESPONDING" in slurm.wait_for_node("h3", "DOWN", _SECONDS)["State"]
     slurm.revive_host("h3")
-    slurm.wait_for_node("h3", "IDLE", 30.0)
+    slurm.wait_for_node("h3", "IDLE", _SECONDS)
     assert slurm.run("srun", "--immediate=30", "--nodelist=h3", "hostname").stdout.split() == ["h3"]
 
 
@@ -142,7 +146,7 @@ with SlurmOfHosts(num_hosts=1) as slurm:
             switches, directory, *numbers = maker.stdout.readline().split()
             assert len(numbers) >= 3
             maker.kill()
-        deadline = time.monotonic() + 30.0
+        deadline = time.monotonic() + _SECONDS
         while switches in run_command("ip", "netns", "list").split() or naming(directory):
             assert time.monotonic() < deadline, f"it is still there: {naming(directory)}"
             time.sleep(0.1)
