@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,18 @@ def test_a_refusal_names_the_keys_that_ask(mega: Mega, tiny: Path, queue: FakeSl
     assert "Requested node configuration is not available; it is asked for launch.nodes = 1" in ended.err
     assert 'launch.ranks_per_node = 8, slurm.gpus = 8, slurm.constraint = "fast"; change what' in ended.err
     assert "slurm.partition" not in ended.err
+
+
+def test_the_example_with_gpus_of_the_docs(mega: Mega, tiny: Path, queue: FakeSlurm) -> None:
+    root = Path(__file__).parent.parent.parent
+    (command,) = re.findall(
+        r"^mega (launch .*slurm\.gpus=8.*)$", (root / "docs" / "launching.md").read_text(), re.MULTILINE
+    )
+    Path("configs").symlink_to(root / "configs")
+    shown = mega(*command.split(), "--json")
+    assert shown.code == 0, shown.err
+    assert (shown.json["nodes"], shown.json["ranks"]) == (2, 16)
+    assert "#SBATCH --gpus-per-node=8\n" in shown.json["script"]
 
 
 def test_a_dry_run_shows_the_script_that_is_refused(mega: Mega, tiny: Path, queue: FakeSlurm) -> None:
