@@ -6,6 +6,7 @@ must not pass by skipping.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -40,14 +41,15 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+@functools.cache
 def _has_network_namespaces() -> bool:
     tools = all(shutil.which(tool) for tool in ("ip", "tc", "bridge", "iptables"))
     if not tools or os.geteuid() != 0:
         return False
     name = f"mega-{os.getpid()}-try"
     try:
-        subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True, timeout=10)
-        subprocess.run(["ip", "netns", "delete", name], check=True, capture_output=True, timeout=10)
+        subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True, timeout=60)
+        subprocess.run(["ip", "netns", "delete", name], check=True, capture_output=True, timeout=60)
     except (subprocess.SubprocessError, OSError):
         return False
     return True
