@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from launcher.errors import RunError
+from launcher.errors import ConfigError, RunError
 
 LOCK_NAME = ".lock"
 _LOOKS, _LOOK_AGAIN_S = 5, 0.02
@@ -21,10 +21,16 @@ def locked_run(root: Path, *, say: Callable[[str], None]) -> Iterator[None]:
     """Holds the run in the folder `root`, which is made if need be. The system lets go of it when this process dies.
 
     Those who only read a run do not ask for it. `say` hears of a file system that knows no locks.
-    Raises RunError, naming who holds it, where the run is held already.
+    Raises RunError, naming who holds it, where the run is held already; ConfigError where the folder cannot be made.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise ConfigError(
+            f"run.directory: {root} cannot be made or written ({error.strerror}); set run.directory to a folder that you may "
+            "write"
+        ) from error
     try:
         try:
             _lock(descriptor)

@@ -108,7 +108,12 @@ def find_run(run: Path, *, below: Path = Path("runs"), launched: bool = False) -
     around = run.parent if run.parent != Path() else below
     known = [found.root.name for found in runs_below(around, launched=launched)]
     close = difflib.get_close_matches(run.name, known, n=1, cutoff=0.5)
-    mend = f"did you mean {around / close[0]}?" if close else "`mega train` makes one"
+    looked = " and ".join(dict.fromkeys(str(path.absolute()) for path in (run, below / run)))
+    mend = (
+        f"did you mean {around / close[0]}?"
+        if close
+        else f"looked at {looked}; `mega train` and `mega launch` make one"
+    )
     raise RunError(f"{run}: there is no such run; {mend}")
 
 

@@ -42,7 +42,9 @@ class PreflightSettings:
     """What is looked at, and what is too much."""
 
     directory: Path
-    """Where the run is written: every host must see the same there. Made where it is missing."""
+    """Where the run is written: every host must see the same there."""
+    makes_directory: bool = True
+    """Whether it is made where it is missing; else that is a finding."""
     max_clock_offset_s: float
     min_free_bytes: float
     measures_fabric: bool = True
@@ -137,7 +139,7 @@ class _Preflight:
         folder = directory / f".preflight-{nonce}"
         own_error = ""
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=self._settings.makes_directory)
         except OSError as error:
             own_error = error.strerror or str(error)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,12 +37,12 @@ Cluster = Annotated[
     typer.Option(
         "--cluster",
         help="Look at all hosts instead, and at the network between them, as before a run: under srun, torchrun or mpirun, or "
-        "with --ranks N. Ends with 3 where something is wrong.",
+        "with --ranks N; else at this host alone. Ends with 3 where something is wrong.",
     ),
 ]
 Directory = Annotated[
     Path | None,
-    typer.Option(help="With --cluster: a folder that all hosts must share and may write. Default: the working directory."),
+    typer.Option(help="With --cluster: a folder that is there, which all hosts must share. Default: the working directory."),
 ]  # fmt: skip
 NoFabric = Annotated[bool, typer.Option("--no-fabric", help="With --cluster: do not measure the network.")]
 _TIMEOUT_S = 60.0
@@ -104,7 +105,12 @@ def _examine_machine(out: Output) -> int:
 def _examine_cluster(
     out: Output, reach: Reach, directory: Path, measures_fabric: bool, exclude_file: Path | None, output: Path | None
 ) -> int:
+    from launcher.rank_environment import is_rank
     from launcher.rank_preflight import describe_rank
+
+    # What is missing on one host of several is a finding; a word that is wrong for all is the user's.
+    if not is_rank(os.environ) and not directory.is_dir():
+        raise ConfigError(f"--directory {directory}: there is no such folder; make it first, or name one that is there")
 
     def work(fabric: MeasuredFabric) -> Answer:
         from cluster.preflight.run import PreflightSettings, run_preflight
@@ -117,6 +123,7 @@ def _examine_cluster(
             max_clock_offset_s=limits.max_clock_offset_seconds,
             min_free_bytes=limits.min_free_disk_gb * _GB,
             measures_fabric=measures_fabric,
+            makes_directory=False,
         )
         verdict = run_preflight(fabric, settings)
         write_json(output, verdict.as_data())
@@ -131,7 +138,7 @@ def _examine_cluster(
     files = [("--exclude-file", exclude_file), ("--output", output), ("--directory", directory)]
     arguments = ["--cluster", *(word for name, path in files if path for word in (name, str(path.absolute())))]
     arguments += [] if measures_fabric else ["--no-fabric"]
-    return ask(out, ["doctor"], reach, arguments, work, answer=answer)
+    return ask(out, ["doctor"], reach, arguments, work, answer=answer, may_be_alone=True)
 
 
 def _seen(verdict: PreflightVerdict) -> list[str]:
@@ -148,7 +155,12 @@ def _seen(verdict: PreflightVerdict) -> list[str]:
     if free := [count for count in details.get("free_bytes", {}).values() if count is not None]:
         lines.append(f"At least {min(free) / _GB:,.0f} GB are free.")
     fabric = details["fabric"]
-    if "skipped" in fabric:
+    if sum(map(len, details["hosts"].values())) == 1:
+        lines.append(
+            "The network was not measured: one rank alone has none. Give --ranks N (N >= 2) to try it on this machine, or start "
+            "a process on each host by srun, torchrun or mpirun."
+        )
+    elif "skipped" in fabric:
         lines.append(f"The network was not measured: {fabric['skipped']}.")
     elif fabric["beta_s_per_byte"] and fabric["alpha_s"] is not None:
         rate, start = 8e-6 / fabric["beta_s_per_byte"], 1e6 * fabric["alpha_s"]

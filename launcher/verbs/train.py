@@ -213,7 +213,6 @@ def _say_samples(out: Output, run: TrainedRun) -> None:
 
 def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, place: Place) -> None:
     root = result.run_directory
-    ranks = f" --ranks {place.num_ranks}" if place.child_of_mega else ""
     if result.trained:
         out.say(f"\nFinished: {result.steps:,} steps, {result.tokens:,} tokens.")
     else:
@@ -234,8 +233,25 @@ def _say_summary(out: Output, result: TrainingResult, export_path: Path | None, 
         out.say(f"  {name:14} {path}")
     out.say("What to try next:")
     out.say(f'  mega generate {root} --prompt "def main("')
-    out.say(f"  mega train {root / 'config.toml'} --set train.steps={2 * result.steps}{ranks}    # train on")
+    out.say(f"  {_train_on(root, place, steps=2 * result.steps)}")
     out.say(f"  tensorboard --logdir {root / 'tensorboard'}")
+
+
+def _train_on(root: Path, place: Place, *, steps: int) -> str:
+    """The command by which this run was started, for more steps."""
+    from launcher.jobs.agents.protocol import ATTEMPT
+
+    words = f"{root / 'config.toml'} --set train.steps={steps}"
+    if ATTEMPT not in os.environ:
+        ranks = f" --ranks {place.num_ranks}" if place.child_of_mega else ""
+        return f"mega train {words}{ranks}    # train on"
+    from launcher.jobs.job_record import JobFolder
+
+    record = JobFolder(RunDirectory(root), say=lambda text: None).read_record()
+    on = "" if record is None else f" --on {record.backend}"
+    # How hosts were named is nowhere written down.
+    same = ", with the same hosts" if record is not None and record.backend in ("mpi", "torchrun") else ""
+    return f"mega launch {words}{on}    # train on{same}"
 
 
 def _say_plan(out: Output, config: RunConfig, num_ranks: int) -> int:

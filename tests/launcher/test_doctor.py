@@ -86,6 +86,7 @@ def test_something_missing_ends_with_3(mega: Mega, monkeypatch: pytest.MonkeyPat
 
 def test_the_cluster_is_looked_at_by_ranks_that_are_started_here(mega_process: Mega, tmp_path: Path) -> None:
     exclude, output = tmp_path / "exclude", tmp_path / "verdict.json"
+    (tmp_path / "shared").mkdir()
     files = ("--exclude-file", exclude, "--output", output, "--directory", tmp_path / "shared")
     ended = mega_process("doctor", "--cluster", "--ranks", "2", "--json", *files)
     assert ended.code == 0, ended.err
@@ -126,6 +127,23 @@ def test_options_of_the_cluster_mean_nothing_without_it(mega: Mega) -> None:
     ended = mega("doctor", "--ranks", "2", "--no-fabric")
     assert ended.code == 2
     assert "--ranks, --no-fabric means something only with --cluster: add that, or leave it out" in ended.err
-    alone = mega("doctor", "--cluster")
-    assert alone.code == 2
-    assert "give --ranks N (N >= 2)" in alone.err
+
+
+def test_one_host_alone_is_looked_at_too(mega_process: Mega, tmp_path: Path) -> None:
+    for more in ((), ("--no-fabric",)):
+        alone = mega_process("doctor", "--cluster", "--directory", tmp_path, *more)
+        assert alone.code == 0, alone.err
+        assert "Preflight of 1 rank on 1 host: nothing is wrong (" in alone.out
+        assert "The network was not measured: one rank alone has none. Give --ranks N (N >= 2)" in alone.out
+
+
+def test_the_folder_of_a_typo_is_told_and_not_made(mega: Mega, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    ended = mega("doctor", "--cluster", "--directory", nowhere)
+    assert ended.code == 2
+    assert f"--directory {nowhere}: there is no such folder; make it first" in ended.err
+    # Who is a rank already cannot speak for the other hosts.
+    (joined,) = ranks_on_hosts(["doctor", "--cluster", "--no-fabric", "--directory", str(nowhere)], {})
+    assert joined.code == 3, joined.err
+    assert "n0 cannot write there (No such file or directory)" in joined.out
+    assert not nowhere.exists()

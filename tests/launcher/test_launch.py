@@ -358,6 +358,7 @@ def test_a_run_on_this_machine(mega_process: Mega, tiny: Path, folder: JobFolder
     assert ended.code == 0, ended.err
     assert (ended.json["finished"], ended.json["steps"], ended.json["run_dir"]) == (True, 4, "runs/tiny")
     assert "[0] step 4/4" in ended.err
+    assert "  mega launch runs/tiny/config.toml --set train.steps=8 --on local    # train on" in ended.err
     kept, after = folder.read_record(), folder.read_state()
     assert kept is not None
     assert (kept.backend, kept.job_id) == ("local", None)

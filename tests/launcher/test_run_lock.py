@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import RunError
+from launcher.errors import ConfigError, RunError
 from launcher.run_lock import LOCK_NAME, is_held, locked_run
 from tests.launcher.conftest import Mega
 
@@ -27,6 +28,14 @@ with locked_run(Path(sys.argv[1]), say=print):
 
 def refuse(message: str) -> None:
     raise AssertionError(message)
+
+
+def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = tmp_path / "file" / "x"
+    said = f"run.directory: {run} cannot be made or written (Not a directory); set run.directory to a folder"
+    with pytest.raises(ConfigError, match=re.escape(said)), locked_run(run, say=refuse):
+        pass
 
 
 def test_a_run_is_held_once_and_let_go_of(tmp_path: Path) -> None:

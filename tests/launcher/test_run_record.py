@@ -1,3 +1,4 @@
+import re
 import socket
 import time
 from pathlib import Path
@@ -114,7 +115,9 @@ def test_a_run_that_is_not_there() -> None:
         find_run(Path("runs/quikstart"))
     with pytest.raises(RunError, match=r"^quikstart: there is no such run; did you mean runs/quickstart\?$"):
         find_run(Path("quikstart"))
-    with pytest.raises(RunError, match=r"^zzz: there is no such run; `mega train` makes one$"):
+    here = Path.cwd()
+    looked = f"looked at {here}/zzz and {here}/runs/zzz; `mega train` and `mega launch` make one"
+    with pytest.raises(RunError, match=f"^zzz: there is no such run; {re.escape(looked)}$"):
         find_run(Path("zzz"))
     with pytest.raises(RunError, match=r"^runs: is not the folder of a run, which holds config.toml$"):
         find_run(Path("runs"))

@@ -86,6 +86,7 @@ def test_two_ranks_train_and_one_continues(tiny: Path, mega: Mega, mega_process:
         "Finished: 4 steps",
         "Where everything is:",
         "What to try next:",
+        "  mega train runs/tiny/config.toml --set train.steps=8 --ranks 2    # train on",
         "--- sample, prompt 'one '",
         "bits per byte",
     ):

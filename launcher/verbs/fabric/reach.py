@@ -106,14 +106,15 @@ class Answer:
     exit_code: int = 0
 
 
-def find_ranks(reach: Reach, *, dry_run: bool = False) -> Place:
-    """This process's place; under srun or mpirun it takes torchrun's variables on first. Raises ConfigError for a lone rank.
+def find_ranks(reach: Reach, *, dry_run: bool = False, may_be_alone: bool = False) -> Place:
+    """This process's place; under srun or mpirun it takes torchrun's variables on first. Raises ConfigError for a lone rank,
+    unless it `may_be_alone`.
 
     dry_run: nothing will be measured, and so ranks of MPI need not meet.
     """
     adopt(os.environ, meet_over_mpi=no_meeting if dry_run else meet_and_stay)
     place = find_place(os.environ, reach.ranks)
-    if place.num_ranks < 2:
+    if place.num_ranks < 2 and not may_be_alone:
         raise ConfigError(
             "one rank alone has no fabric: give --ranks N (N >= 2) to try it on this machine, or start one process a "
             "rank by torchrun, srun or mpirun"
@@ -131,13 +132,15 @@ def ask(
     work: Callable[[MeasuredFabric], Answer],
     *,
     answer: Callable[[FabricPlace], RankAnswer] | None = None,
+    may_be_alone: bool = False,
 ) -> int:
     """Has `work` measure on rank 0 of the ranks in reach, and tells what it found. Returns the exit code.
 
     `verb` are the words after `mega`, `arguments` the verb's own options, for ranks that have to be started; what they share is
     added here. Where a rank can `answer` questions, those come first, and ranks connect only for the first measurement.
+    `may_be_alone`: whether `work` has something to tell of one rank.
     """
-    found = find_ranks(reach)
+    found = find_ranks(reach, may_be_alone=may_be_alone)
     if not found.joins:
         return _in_children(out, [*verb, *arguments, *reach.as_arguments()], found.num_ranks, reach)
     from cluster.fabric.measured.fabric import run_on_fabric
