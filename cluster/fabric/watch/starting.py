@@ -70,6 +70,7 @@ def start_watcher(settings: WatcherSettings, meeting: Meeting | None) -> Meeting
     log.parent.mkdir(parents=True, exist_ok=True)
     package_root = Path(cluster.__file__).parent.parent
     with log.open("ab") as errors:
+        begin = errors.tell()
         # -P: nothing of the run's working directory. Its own session: neither Ctrl-C nor the end of a rank's reaches it.
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", _PROGRAM, str(package_root)],
@@ -81,6 +82,7 @@ def start_watcher(settings: WatcherSettings, meeting: Meeting | None) -> Meeting
         )
     assert process.stdin is not None
     assert process.stdout is not None
+    ready = True
     with process.stdin, process.stdout:
         try:
             process.stdin.write(json.dumps(told).encode())
@@ -92,10 +94,19 @@ def start_watcher(settings: WatcherSettings, meeting: Meeting | None) -> Meeting
     if not answer:
         process.kill()
         process.wait()
-        raise FabricError(f"the watcher of {settings.host} did not start within {_START_SECONDS:g} s: see {log}")
+        how = "ended at its start" if ready else f"did not start within {_START_SECONDS:g} s"
+        raise FabricError(f"the watcher of {settings.host} {how}: {_last_words(log, begin)}see {log}")
     # It outlives this process, as a rule; where it does not, nobody else would ask after its end.
     threading.Thread(target=process.wait, name="fabric-watcher-end", daemon=True).start()
     return Meeting.from_text(answer)
+
+
+def _last_words(log: Path, begin: int) -> str:
+    """The last line that was added to `log` after its first `begin` bytes: of a traceback, what was wrong."""
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((f"{line.strip()}; " for line in reversed(lines) if line.strip()), "")
 
 
 _PROGRAM = "import sys; sys.path.append(sys.argv[1]); from cluster.fabric.watch.watcher import main; main()"
