@@ -229,9 +229,10 @@ def _similar_file(file: Path) -> str:
     if not file.parent.is_dir():
         return f" (there is no directory {file.parent} either)"
     folders = [file.parent, file.parent / "configs"]
-    found = {entry.name: entry for folder in folders if folder.is_dir() for entry in folder.glob("*.toml")}
-    found.pop("pyproject.toml", None)
-    close = difflib.get_close_matches(file.name, found, n=1, cutoff=0.5)
+    # Without the ending, which makes any two of them similar.
+    found = {entry.stem: entry for folder in folders if folder.is_dir() for entry in folder.glob("*.toml")}
+    found.pop("pyproject", None)
+    close = difflib.get_close_matches(file.stem, found, n=1, cutoff=0.6)
     return f"; did you mean {found[close[0]]}?" if close else ""
 
 

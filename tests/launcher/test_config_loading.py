@@ -178,6 +178,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe")
     found = problems([tmp_path / "quikstart.toml", broken, binary, tmp_path / "no" / "a.toml"], "data.path=x")
     assert found[0] == f"{tmp_path / 'quikstart.toml'}: no such file; did you mean {tmp_path / 'quickstart.toml'}?"
+    write(tmp_path / "parity.toml", "")
+    assert problems([tmp_path / "nothere.toml"], "data.path=x") == [f"{tmp_path / 'nothere.toml'}: no such file"]
     assert found[1].startswith(f"{broken}: not valid TOML: ")
     assert "line 1" in found[1]
     assert found[2].startswith(f"{binary}: cannot be read: ")

@@ -291,6 +291,7 @@ class _Supervisor:
         newest = await asyncio.to_thread(newest_checkpoint, self._job.run, known=self._state.last_checkpoint)
         await self._journal.event("done")
         await self._journal.update(state="finished", cause=None, attempts_without_progress=0, last_checkpoint=newest)
+        self._job.say(f"the run has finished; its newest checkpoint is of step {newest}")
         return JobEnd(exit_code=0, result=end.result)
 
     async def _end_stopped(self, end: AttemptEnd, reason: StopReason) -> JobEnd:

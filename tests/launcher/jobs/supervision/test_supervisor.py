@@ -56,6 +56,7 @@ def test_a_run_that_goes_well_is_told_from_launch_to_done(tmp_path: Path) -> Non
     assert all("hello from rank" in line for line in job.shown)
     assert (job.root / "logs" / "attempt-1" / "job.log").read_text().splitlines() == job.shown
     assert job.said[0] == f"attempt 1: 4 ranks on a, b; logs: {job.root / 'logs' / 'attempt-1'}"
+    assert job.said[-1] == "the run has finished; its newest checkpoint is of step 4"
 
 
 def test_a_launch_is_told_with_its_job_and_when_that_was_submitted(tmp_path: Path) -> None:
