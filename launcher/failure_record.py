@@ -18,6 +18,11 @@ _LOST_PEER = re.compile(
 )
 
 
+def tells_of_lost_peer(message: str) -> bool:
+    """Whether these are the words of a rank that only misses another one."""
+    return _LOST_PEER.search(message) is not None
+
+
 @dataclass(frozen=True, kw_only=True)
 class FailureRecord:
     """The exception that ended a rank."""
@@ -33,7 +38,7 @@ class FailureRecord:
     @property
     def lost_a_peer(self) -> bool:
         """Whether the rank only tells that another one is gone."""
-        return _LOST_PEER.search(self.message) is not None
+        return tells_of_lost_peer(self.message)
 
 
 def record_failure(path: Path, error: BaseException, *, message: str, exit_code: int, with_traceback: bool) -> None:

@@ -14,9 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from launcher.errors import ConfigError
-from launcher.failure_record import record_failure
+from launcher.failure_record import record_failure, tells_of_lost_peer
 from launcher.output import Output
 from launcher.rank_process import failure_file
+from megamodel.train.stop import was_asked_to_stop
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object; all else goes to stderr.")]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -73,9 +74,11 @@ def report_error(error: Exception, out: Output, *, debug: bool) -> int:
         record_failure(path, error, message=message, exit_code=code, with_traceback=with_traceback)
         if os.environ["RANK"] == "0":
             return code
-    if with_traceback:
+    # Ranks hear of a stop one after another, and before the first step each leaves at once: no error of those that it leaves.
+    follows = was_asked_to_stop(error) and tells_of_lost_peer(message)
+    if with_traceback and (debug or not follows):
         traceback.print_exception(error, file=sys.stderr)
-    out.warn(f"error: {message}")
+    out.warn("stopped: another rank had ended before" if follows else f"error: {message}")
     problems = {"problems": list(error.problems)} if isinstance(error, ConfigError) and error.problems else {}
     if os.environ.get("RANK", "0") == "0":  # the ranks of torchrun share one standard output
         out.result({"error": message, "exit_code": code, **problems})

@@ -8,6 +8,12 @@ from typing import Any, Self
 
 # Ctrl-C; a scheduler's end; a scheduler's warning before its end (SLURM's --signal).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_ASKED = "This rank had been asked to stop before."
+
+
+def was_asked_to_stop(error: BaseException) -> bool:
+    """Whether a `StopRequest` had noted a signal when `error` ended its `with`: another rank may then have ended for it."""
+    return _ASKED in getattr(error, "__notes__", ())
 
 
 class StopRequest:
@@ -36,6 +42,8 @@ class StopRequest:
             # After a failure nothing may be saved: the handlers from before, which end in good order, would be wrong.
             signal.signal(number, handler if error is None else signal.SIG_DFL)
         self._previous = {}
+        if error is not None and self.requested:
+            error.add_note(_ASKED)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is None:

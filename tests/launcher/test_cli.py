@@ -1,6 +1,8 @@
 """The frame of the command line: verbs shown, exit codes, errors in one line, one object with --json."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from launcher.config_loading import load_config
 from launcher.errors import ConfigError
 from launcher.output import Output
 from launcher.verb import as_command, is_users_matter, report_error
+from megamodel.train.stop import StopRequest
+from parallel.errors import ParallelError
 from tests.launcher.conftest import Mega
 
 
@@ -74,6 +78,27 @@ def test_bad_arguments_end_with_2(mega: Mega) -> None:
     assert mega("train").code == 2
     assert mega("no-such-verb").code == 2
     assert mega("train", "x.toml", "--ranks", "0").code == 2
+
+
+def _end_training(error: Exception, *, asked: bool) -> None:
+    with StopRequest():
+        if asked:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        raise error
+
+
+def test_a_rank_that_was_asked_to_stop_does_not_tell_of_lost_others(capsys: pytest.CaptureFixture[str]) -> None:
+    lost = "rank 1 of 2 lost the others in an all-reduce (Connection closed by peer)"
+    for asked, error, told in (
+        (True, ParallelError(lost), "stopped: another rank had ended before\n"),
+        (True, RuntimeError("Gloo: Connection closed by peer"), "stopped: another rank had ended before\n"),
+        (True, ParallelError("the disk is full"), "error: the disk is full\n"),
+        (False, ParallelError(lost), f"error: {lost}\n"),
+    ):
+        with pytest.raises(type(error)):
+            _end_training(error, asked=asked)
+        assert report_error(error, Output(as_json=False), debug=False) == 1
+        assert capsys.readouterr().err == told
 
 
 def test_a_users_mistake_is_one_line_without_a_traceback(mega: Mega, tmp_path: Path) -> None:
