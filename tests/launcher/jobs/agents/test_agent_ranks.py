@@ -9,6 +9,7 @@ import pytest
 
 from launcher.jobs.agents import head as head_module
 from launcher.jobs.agents.agent_ranks import rank_environ
+from launcher.jobs.agents.head import RankEnded, StopHeard
 from launcher.jobs.agents.ports import FIRST_PORT, NUM_PORTS
 from launcher.jobs.agents.protocol import (
     CHOSEN,
@@ -215,7 +216,10 @@ def test_a_stop_signal_to_the_agent_is_one_to_its_ranks(job: Job, number: signal
             await job.wait_for(f"{number.name}-0")
             job.agents["n1"].send_signal(number)
             attempt.signal(signal.SIGUSR2)
-            (end,) = await ends(attempt, 1)
+            assert await attempt.next_event() == StopHeard(host="n1")
+            while isinstance(end := await attempt.next_event(), StopHeard):
+                pass
+            assert isinstance(end, RankEnded)
             assert (end.code, end.ended_by_us) == (75, False)
             assert sorted(json.loads((job.here / "arrived-0").read_text())) == sorted([number.name, "SIGUSR2"])
             await attempt.release()
