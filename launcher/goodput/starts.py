@@ -43,8 +43,8 @@ class Failure:
     """When it was told, in seconds since 1970: once nothing of the attempt ran any more."""
     happened: float | None
     """When it happened, in seconds since 1970: when a rank, a host or their starter ended, or a host that fell silent was heard
-    last; for a hang, when the step or validation before it ended. None where that is not known, as for a hang before an
-    attempt's first step."""
+    last; in a hang, when ranks began to wait, or else when the step or validation before it ended. None where that is not
+    known."""
     train_again_s: float | None = None
     """From when it happened (was told, where that is not known) to the end of the first step after it."""
     lost_steps: int = 0
@@ -53,8 +53,7 @@ class Failure:
 
     @property
     def detect_s(self) -> float | None:
-        """From when it happened to when it was told. So it holds what the end of the attempt's other ranks took, and for a hang
-        the step in which it happened."""
+        """From when it happened to when it was told. So it holds what the end of the attempt's other ranks took."""
         return None if self.happened is None else max(0.0, self.time - self.happened)
 
     def as_data(self) -> dict[str, Any]:

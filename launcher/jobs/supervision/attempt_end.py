@@ -18,8 +18,8 @@ class Failure:
     message: str
     """One line for the user: who, where, what, and when."""
     at: float | None = None
-    """Seconds since 1970: when the rank, the host or their starter ended; a host that fell silent, when it was heard last.
-    None where nothing ended, as in a hang."""
+    """Seconds since 1970: when the rank, the host or their starter ended; a host that fell silent, when it was heard last;
+    in a hang, when ranks began to wait. None where nothing did."""
     has_begun: bool = True
     """Whether anything was started."""
     exit_code: int = 1

@@ -13,6 +13,7 @@ from launcher.first_cause import earliness, failed_at, how_it_ended, signal_name
 from launcher.jobs.agents.head import HostLost, RankEnded
 from launcher.jobs.backends.starter import AGENTS_LOG
 from launcher.jobs.supervision.attempt_end import Failure, FailureKind
+from launcher.jobs.supervision.hang_tail import Hang
 from launcher.verb import EXIT_REFUSED
 
 _STARTERS = {"slurm": "srun", "mpi": "mpirun"}
@@ -74,12 +75,14 @@ def first_failure(
     return min(found, key=lambda each: each[0], default=(None, None))[1]
 
 
-def of_hang(finding: Finding, scene: Scene) -> Failure:
+def of_hang(hang: Hang, scene: Scene) -> Failure:
     """A hang that the watch has named."""
+    finding = hang.finding
     rank = finding.ranks[0] if finding.ranks else None
     return Failure(
         kind="hang",
         message=f"the run hung{scene.when(None)}: {finding.sentence.rstrip('.')}",
+        at=hang.at,
         rank=rank,
         host=finding.hosts[0] if finding.hosts else None,
         last_collective=collective_of(finding) or (scene.doing.get(rank) if rank is not None else None) or None,

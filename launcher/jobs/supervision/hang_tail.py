@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import FabricError
@@ -25,6 +26,15 @@ _STANDSTILL: frozenset[Kind] = frozenset({"missing_rank", "mismatched_collective
 _WORKING_FACTOR = 8.0
 # The watch of the attempt before outlives its ranks by a few seconds, and may have the last word on them.
 _EARLIER_WATCH_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hang:
+    """The run stands still."""
+
+    finding: Finding
+    at: float
+    """Seconds since 1970: when ranks began to wait for what did not come."""
 
 
 class HangTail:
@@ -43,31 +53,32 @@ class HangTail:
         # Nothing can be missed for so long before it has begun.
         self._first_finding = self._since + min(hang_seconds, _EARLIER_WATCH_SECONDS)
         self._read_bytes = self._path.stat().st_size if self._path.exists() else 0
-        self._pending: tuple[float, int | None, Finding] | None = None
+        self._pending: tuple[float, int | None, Hang] | None = None
         self.told: list[Finding] = []
         """All of this attempt that say that the run stands still, the oldest first."""
 
-    def look(self) -> Finding | None:
+    def look(self) -> Hang | None:
         """The finding by which the run has been standing still for long enough; None while there is none. Reads files."""
         now = self._clock()
-        for finding in self._new_findings():
+        for told, finding in self._new_findings():
             if finding.kind not in _STANDSTILL:
                 continue
             self.told.append(finding)
             # The first tells more than what follows from it. That a rank is gone its agent tells too, and sooner; but one that
             # ended as if all were done (exit code 0) is no failure to it.
             if self._pending is None:
-                self._pending = (now, self._last_step(), finding)
+                hang = Hang(finding=finding, at=told - finding.evidence.get("waited_s", 0.0))
+                self._pending = (now, self._last_step(), hang)
         if self._pending is None:
             return None
-        told_at, step, finding = self._pending
+        told_at, step, hang = self._pending
         if self._last_step() != step:
             self._pending = None
         elif now - told_at >= self._patience_s * (
-            _WORKING_FACTOR if finding.evidence.get("state") == "working" else 1.0
+            _WORKING_FACTOR if hang.finding.evidence.get("state") == "working" else 1.0
         ):
             if not self._all_have_moved(now - told_at, now):
-                return finding
+                return hang
             self._pending = None
         return None
 
@@ -81,7 +92,8 @@ class HangTail:
         # What a watch said that is silent by now tells nothing of the time since.
         return seen is not None and all(rank.quiet_s + now - seen.updated < seconds for rank in seen.ranks)
 
-    def _new_findings(self) -> list[Finding]:
+    def _new_findings(self) -> list[tuple[float, Finding]]:
+        """Each with when it was told, in seconds since 1970."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._read_bytes)
@@ -95,7 +107,7 @@ class HangTail:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed watcher may leave half a line
                 data = json.loads(line)
                 if data["time"] >= self._first_finding:
-                    found.append(Finding.from_data(data))
+                    found.append((data["time"], Finding.from_data(data)))
         return found
 
 

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cluster.fabric.findings import Finding
 from cluster.fabric.watch.hang_findings import ranks_text
 from launcher.first_cause import explains_itself, failed_at, failures, have_stopped, how_it_ended
 from launcher.jobs.agents.head import Attempt, HostLost, RankEnded, StopHeard
@@ -32,7 +31,7 @@ from launcher.jobs.supervision.first_failure import (
     of_hang,
     of_preflight,
 )
-from launcher.jobs.supervision.hang_tail import HangTail, watched_ranks
+from launcher.jobs.supervision.hang_tail import Hang, HangTail, watched_ranks
 from launcher.jobs.supervision.preflight_verdict import PreflightVerdict
 from launcher.jobs.supervision.progress import last_step, newest_checkpoint
 from launcher.jobs.supervision.stopping import Stopping
@@ -86,7 +85,7 @@ class RanksWatch:
         self._lost: list[HostLost] = []
         self._ranks_are_told = asyncio.Event()
         self._starter: StarterEnd | None = None
-        self._hang: Finding | None = None
+        self._hang: Hang | None = None
         self._result: Mapping[str, Any] | None = None
         """What rank 0 says of the run, once that is done."""
         self._scene: Scene | None = None
@@ -186,9 +185,9 @@ class RanksWatch:
         """Looks for hangs. Files may be slow, and so are read in a thread."""
         while True:
             await asyncio.sleep(self._job.patience.look)
-            finding = await asyncio.to_thread(self._hangs.look)
-            if finding is not None:
-                self._news.put_nowait(partial(self._on_hang, finding))
+            hang = await asyncio.to_thread(self._hangs.look)
+            if hang is not None:
+                self._news.put_nowait(partial(self._on_hang, hang))
                 return
 
     async def _on_end(self, end: RankEnded) -> None:
@@ -227,11 +226,11 @@ class RanksWatch:
             self._scene = await asyncio.to_thread(self._look_at_scene)
         self._end_within(seconds)
 
-    async def _on_hang(self, finding: Finding) -> None:
+    async def _on_hang(self, hang: Hang) -> None:
         # Once all is trained ranks may be gone while rank 0 still exports.
-        is_over = finding.evidence.get("state") == "dead" and await asyncio.to_thread(self._has_trained)
+        is_over = hang.finding.evidence.get("state") == "dead" and await asyncio.to_thread(self._has_trained)
         if self._stop.signal is None and not self._is_ending and not is_over:
-            self._hang = finding
+            self._hang = hang
             self._grace_s = 0.0  # who hangs does not listen
             await self._on_failure(0.0)
 
@@ -271,7 +270,9 @@ class RanksWatch:
         if first is not None and first.code == EXIT_REFUSED and (refusal := self._refusal()) is not None:
             missed = self._why_missed(missed_ranks(refusal), failed, scene)
             return _failed(missed or of_preflight(refusal, at=failed_at(first)))
-        if self._hang is not None and not any(end.rank in self._hang.ranks and not end.ended_by_us for end in failed):
+        if self._hang is not None and not any(
+            end.rank in self._hang.finding.ranks and not end.ended_by_us for end in failed
+        ):
             return _failed(of_hang(self._hang, scene))
         if have_stopped(ended, was_asked=self._stop.signal is not None) and not any(end.code == 0 for end in failed):
             return AttemptEnd(outcome="stopped")

@@ -53,6 +53,15 @@ def test_a_hang_counts_from_the_last_step_before_it(story: Story) -> None:
     assert failure.train_again_s == pytest.approx(again - last_step, abs=_RECORDS_S)
 
 
+def test_a_hang_of_which_the_watch_tells_since_when_counts_from_there(story: Story) -> None:
+    hung = story.clock + 2.5
+    story.fails(after_s=22.0, at=hung, kind="hang")
+    again = goes_on(story)
+    (failure,) = story.ledger(running=True).failures
+    assert failure.detect_s == pytest.approx(19.5, abs=_RECORDS_S)
+    assert failure.train_again_s == pytest.approx(again - hung, abs=_RECORDS_S)
+
+
 def test_a_hang_after_a_validation_counts_from_its_end(story: Story) -> None:
     story.validates(seconds=50.0)
     story.fails(after_s=90.0, at=None, kind="hang")

@@ -19,6 +19,7 @@ from launcher.jobs.supervision.first_failure import (
     of_preflight,
     of_starter,
 )
+from launcher.jobs.supervision.hang_tail import Hang
 
 _SCENE = Scene(num_ranks=4, logs=Path("logs/attempt-1"), step=41, doing={3: "all_reduce of 4 MB on dp_shard"})
 _SILENCE_S = 15.0
@@ -145,9 +146,9 @@ def test_a_hang_is_told_by_the_finding() -> None:
         evidence={"collective": "all_gather of 1 MB", "axis": "dp_shard"},
         sentence="rank 3 (n3) is stopped.",
     )
-    failure = of_hang(finding, _SCENE)
+    failure = of_hang(Hang(finding=finding, at=50.0), _SCENE)
     assert failure.message == "the run hung (after step 41): rank 3 (n3) is stopped"
-    assert (failure.rank, failure.host) == (3, "n3")
+    assert (failure.rank, failure.host, failure.at) == (3, "n3", 50.0)
     assert failure.last_collective == "all_gather of 1 MB on dp_shard"
 
 

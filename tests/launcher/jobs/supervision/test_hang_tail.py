@@ -58,7 +58,8 @@ def test_a_finding_without_a_step_after_it_is_a_hang(run: RunDirectory, clock: _
     tail = _tail(run, clock)
     run.append_metrics({"step": 5})
     assert tail.look() is None
-    _tell(run, kind, "the first")
+    told = time.time()
+    _tell(run, kind, "the first", at=told, waited_s=8.0)
     _tell(run, kind, "what follows from it")
     assert tail.look() is None
     clock.now += 9.9
@@ -66,7 +67,8 @@ def test_a_finding_without_a_step_after_it_is_a_hang(run: RunDirectory, clock: _
     clock.now += 0.2
     found = tail.look()
     assert found is not None
-    assert found.sentence == "the first"
+    assert found.finding.sentence == "the first"
+    assert found.at == told - 8.0
 
 
 def test_a_step_after_the_finding_takes_it_back(run: RunDirectory, clock: _Clock) -> None:
