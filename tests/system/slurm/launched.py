@@ -191,6 +191,17 @@ class LaunchedRun:
                     found[int(rank)] = process
         return found
 
+    def supervisor(self) -> psutil.Process:
+        """The batch script's process."""
+        folder = str(self.directory.root)
+        (found,) = [
+            process
+            for host in self.cluster.names
+            for process in self.cluster.processes(host)
+            if {"supervise", folder} <= set(process.cmdline())
+        ]
+        return found
+
     def agents(self) -> dict[str, psutil.Process]:
         """The agents of this run, by host."""
         found = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,25 @@ def test_a_crash_loop_ends_with_its_cause(slurm: SlurmOfHosts, root: Path, whole
     assert "SIGKILL" in state.cause
     assert run.status()["cause"] == state.cause
     run.wait_until_nothing_is_left()
+
+
+def test_a_supervisor_that_is_killed_is_told_within_seconds_and_the_same_command_continues(
+    slurm: SlurmOfHosts, root: Path, whole: LaunchedFigures
+) -> None:
+    run = LaunchedRun(cluster=slurm, root=root, name="supervisor-killed")
+    run.launch()
+    run.wait_for_step(EVERY_STEPS + 2)
+    run.supervisor().kill()
+    killed = time.monotonic()
+    while (status := run.status())["state"] != "failed":
+        assert time.monotonic() - killed < 60.0, (status, run.account())
+    seconds = int(re.search(r"not been heard of for (\d+) s, and job \d+ is gone", status["cause"])[1])  # type: ignore[index]
+    assert seconds < 30
+    saved = run.events("checkpoint")[-1]["step"]
+    assert status["cause"].endswith(f"launch it again: it goes on from step {saved}")
+    run.launch()
+    run.finish()
+    assert run.figures() == whole
 
 
 def test_preflight_leaves_out_a_host_whose_link_is_slow(
