@@ -51,8 +51,7 @@ def _lacks(wanted: str, local_rank: int, count: int) -> str:
     if wanted == "cuda" and not count:
         return 'run.device = "cuda": no CUDA device' + ("" if torch.version.cuda else " (torch is built without CUDA)")
     if wanted != "cpu" and 0 < count <= local_rank:
-        have = "only 1 CUDA device" if count == 1 else f"only {count} CUDA devices"
-        return f'run.device = "{wanted}": {have}, and each rank needs one of its own,'
+        return f'run.device = "{wanted}": fewer CUDA devices ({count}) than ranks'
     return ""
 
 

@@ -60,7 +60,7 @@ def test_hosts_without_the_device_that_is_asked_for() -> None:
     assert finding.sentence.startswith(f'{none} on n2. Set it to "auto" or "cpu", or take hosts')
     everywhere = the_one(device_findings({rank: {**GPU, **missing} for rank in range(4)}, FOUR))
     assert (everywhere.bad_hosts, everywhere.ranks) == ((), (0, 1, 2, 3))
-    few = 'run.device = "auto": only 1 CUDA device, and each rank needs one of its own,'
+    few = 'run.device = "auto": fewer CUDA devices (1) than ranks'
     assert "on n2. Lower launch.ranks_per_node." in the_one(device_findings(devices(lacks=few), FOUR)).sentence
 
 

@@ -42,7 +42,7 @@ def test_a_processor_has_no_name_and_no_time() -> None:
 def test_more_ranks_than_gpus_lack_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     lacks = device_facts(2, "auto")["lacks"]
-    assert lacks == 'run.device = "auto": only 2 CUDA devices, and each rank needs one of its own,'
+    assert lacks == 'run.device = "auto": fewer CUDA devices (2) than ranks'
     assert device_facts(2, "cpu")["lacks"] == device_facts(2)["lacks"] == ""
 
 
