@@ -22,3 +22,14 @@ def test_a_supervisor_that_takes_over_tells_of_the_loss_of_the_one_before(tmp_pa
     cause = "the supervisor of attempt 4 was lost, on host n7"
     assert failure["message"] == job.events("restart")[0]["reason"] == cause
     assert failure["time"] <= job.events("launch")[0]["time"]
+
+
+def test_a_start_after_a_requeue_counts_as_a_restart_of_the_job(tmp_path: Path) -> None:
+    job = MadeUpJob(tmp_path, ["b"], "")
+    job.backend.is_restart = True
+    job.folder.write_state(
+        SupervisorState(state="queued", host="b", pid=1, updated=0.0, attempt=2, restarts=1, requeues=1)
+    )
+    assert job.supervise().exit_code == 0
+    assert (job.state().restarts, job.state().attempt) == (2, 1)
+    assert job.events("failure") == []
