@@ -178,7 +178,7 @@ def test_what_goes_wrong_around_training_costs_nothing(tiny: Path, mega_process:
     for number in range(20):
         (Path("other") / f"{number}.txt").write_text(f"Another text, number {number}.\n" * 20)
     refused = mega_process(*short, "--set", "data.path=other")
-    assert refused.code == 1
+    assert refused.code == 2
     assert "is of another run" in refused.json["error"]
     assert (_RUN / "config.toml").read_text() == before
 
