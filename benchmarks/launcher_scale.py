@@ -27,7 +27,7 @@ BOUND_S, BOUND_BYTES = 30.0, 10**9
 LINES_A_RANK = 30
 REPOSITORY = Path(__file__).resolve().parent.parent
 _TOKEN = "benchmark"
-# All wait for one who opens the pipe to write, then speak at once, as ranks do that lose one another.
+# All wait for a line of the pipe, each for its own, then speak at once, as ranks do that lose one another.
 _RANK = '[ -z "$1" ] || read _ < "$1"; i=0; while [ $i -lt $2 ]; do echo "[rank$RANK]: frame $i"; i=$((i + 1)); done; exit 3'
 _BARE = """
 import subprocess, sys
@@ -80,6 +80,7 @@ async def run_head(folder: Path, hosts: int, ranks_per_host: int) -> dict[str, A
     names = tuple(f"host{number}" for number in range(hosts))
     gate = folder / "gate"
     os.mkfifo(gate)
+    opened = os.open(gate, os.O_RDWR)  # to the end: who came after a writer had closed it would wait for ever
     shown: list[str] = []
     clock = [time.perf_counter()]
 
@@ -102,7 +103,7 @@ async def run_head(folder: Path, hosts: int, ranks_per_host: int) -> dict[str, A
         )
         await attempt.start_ranks(plan)
         seconds["start_ranks_s"] = lap()
-        os.close(await asyncio.to_thread(os.open, gate, os.O_WRONLY))
+        os.write(opened, b"\n" * hosts * ranks_per_host)
         while attempt.running():
             event = await attempt.next_event()
             if not isinstance(event, RankEnded) or event.code != 3:
