@@ -22,7 +22,7 @@ CHECK_FAILED = 3
 def run_script(script: str, *arguments: str, launcher: tuple[str, ...] = ()) -> dict[str, Any]:
     command = [sys.executable, *launcher, str(BENCHMARKS / script), *arguments, "--json"]
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.stdout.startswith("{"), done.stderr[-3000:]
     result = json.loads(done.stdout)

@@ -71,7 +71,6 @@ def test_there_are_documents_with_commands() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: str(document.relative_to(ROOT)))
-@pytest.mark.timeout(600)
 def test_every_command_and_program_works(checkout: Path, document: Path) -> None:
     environment = {**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     shown = [["bash", "-ec", shortened(command)] for command in commands(document) if command not in _INSIDE_THIS]

@@ -71,7 +71,7 @@ class Runs:
         )
         job = replace(job, parallel=ParallelConfig(**parallel, timeout_seconds=120))
         prepared(job)
-        result = self._gloo_ranks(ranks, train_job, job, timeout_s=250.0)[0]
+        result = self._gloo_ranks(ranks, train_job, job, timeout_s=500.0)[0]
         curve = [loss for _, loss, _ in losses(job)]
         assert len(curve) == STEPS
         assert result.val_loss is not None

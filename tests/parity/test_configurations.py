@@ -25,7 +25,7 @@ def steps_of(folder: Path, name: str, configuration: str, *arguments: str) -> li
     ]
     sets = [word for setting in settings for word in ("--set", setting)]
     command = [sys.executable, "-m", "launcher", "train", str(ROOT / "configs" / configuration), *sets, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]

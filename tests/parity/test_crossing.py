@@ -166,7 +166,7 @@ def runs(gloo_ranks: GlooPool, tmp_path_factory: pytest.TempPathFactory) -> Runs
     seen = {}
     for layout in SOURCES:
         stopped = _job(root, layout, name=layout, steps=SAVED_AFTER)
-        watched = gloo_ranks(LAYOUTS[layout][0], train_and_watch, [stopped], timeout_s=120.0)
+        watched = gloo_ranks(LAYOUTS[layout][0], train_and_watch, [stopped], timeout_s=300.0)
         seen[layout] = _samples_of_steps([rank[0] for rank in watched], samples)
     return Runs(
         root=root, figures=losses(whole), samples=samples, order=order.reshape(STEPS, BATCH).tolist(), seen=seen
@@ -180,7 +180,7 @@ def test_what_any_layout_saved_goes_on_here(gloo_ranks: GlooPool, runs: Runs, ta
     jobs = {source: _job(runs.root, target, name=f"{source}-to-{target}") for source in SOURCES}
     for source, job in jobs.items():
         shutil.copytree(runs.root / "runs" / source, job.run_directory, symlinks=True)
-    watched = gloo_ranks(LAYOUTS[target][0], train_and_watch, list(jobs.values()), timeout_s=200.0)
+    watched = gloo_ranks(LAYOUTS[target][0], train_and_watch, list(jobs.values()), timeout_s=400.0)
     problems = []
     for number, (source, job) in enumerate(jobs.items()):
         problems += [f"from {source}: {problem}" for problem in _deviations(losses(job), runs.figures)]

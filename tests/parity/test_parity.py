@@ -15,6 +15,8 @@ from tests.requirements import requires
 
 _SAMPLES = int(os.environ.get("MEGA_PARITY_SAMPLES", "10"))
 """How many layouts are drawn by chance on each number of ranks; a campaign draws more."""
+_SECONDS = 500.0
+"""Eight ranks on two cores take up to eighty."""
 
 Check = Callable[[Case], None]
 
@@ -30,14 +32,14 @@ def check(gloo_ranks: GlooPool, known: dict[str, Any]) -> Check:
     """Runs a case and its like on one rank, and compares."""
 
     def run_alone(case: Case) -> Trace:
-        return gloo_ranks(1, run_case, case, timeout_s=200)[0]
+        return gloo_ranks(1, run_case, case, timeout_s=_SECONDS)[0]
 
     def run(case: Case) -> None:
         key = repr(case.alone())
         if key not in known:
             known[key] = alone_without_ties(run_alone, case.alone())
         settled, alone = known[key]
-        traces = gloo_ranks(case.ranks, run_case, case.seeded(settled.seed), timeout_s=200)
+        traces = gloo_ranks(case.ranks, run_case, case.seeded(settled.seed), timeout_s=_SECONDS)
         assert not (problems := compare(traces, alone)), f"{case.seeded(settled.seed)}:\n" + "\n".join(problems)
 
     return run

@@ -17,7 +17,7 @@ import psutil
 from launcher.rank_process import SUPERVISOR_PID
 from megamodel.train.run_directory import RunDirectory
 
-_PATIENCE_SECONDS = 150.0
+_PATIENCE_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Run:
     def finish(self) -> None:
         """Starts it and waits for a good end."""
         with self.started() as process:
-            assert process.wait(timeout=120) == 0, self.said[-3000:]
+            assert process.wait(timeout=250) == 0, self.said[-3000:]
 
     def wait_until(self, process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
         """Looks at what the run writes until it is `ready`; the run must not end before."""
@@ -101,7 +101,7 @@ def descendants(launcher: int) -> list[psutil.Process]:
     return found
 
 
-def wait_until_gone(launcher: int, *, seconds: float = 20.0) -> list[psutil.Process]:
+def wait_until_gone(launcher: int, *, seconds: float = 60.0) -> list[psutil.Process]:
     """What of a launcher's descendants is left after `seconds`: none, as a rule. The watcher of a run is the last to go, once
     it has seen the ends of its ranks."""
     deadline = time.monotonic() + seconds

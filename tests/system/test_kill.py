@@ -60,12 +60,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_kill_9_of_a_rank_then_the_same_command(undisturbed: Run, rank: int, after_step: int) -> None:
     run = _run(undisturbed.root, f"killed-{rank}-{after_step}")
     with run.started() as process:
+        run.wait_until(process, lambda: bool(run.figures()))
+        members = ranks_of(process)  # now, since to look for them takes steps
         run.wait_until(process, lambda: len(run.figures()) >= after_step)
-        members = ranks_of(process)
         members[rank].send_signal(signal.SIGKILL)
-        assert process.wait(timeout=60) == 1
+        assert process.wait(timeout=120) == 1
         # No orphan steps on.
-        _, alive = psutil.wait_procs(list(members.values()), timeout=10)
+        _, alive = psutil.wait_procs(list(members.values()), timeout=60)
         assert not alive
         assert not wait_until_gone(process.pid)
     assert f"rank {rank}" in run.said
@@ -83,8 +84,8 @@ def test_kill_9_of_the_launcher_leaves_no_rank(undisturbed: Run) -> None:
         members = ranks_of(process)
         assert len(members) == 2
         process.kill()
-        process.wait(timeout=10)
-        _, alive = psutil.wait_procs(list(members.values()), timeout=10)
+        process.wait(timeout=60)
+        _, alive = psutil.wait_procs(list(members.values()), timeout=60)
         assert not alive
         assert not wait_until_gone(process.pid)
     run.finish()

@@ -18,7 +18,7 @@ def _one_thread_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _outcome(case: HangCase, directory: Path) -> HangOutcome:
-    outcome = run_hang(case, directory, patience_s=90.0)
+    outcome = run_hang(case, directory, patience_s=180.0)
     assert outcome.orphans == ()
     assert not list(directory.glob("fabric/watcher-*.log")), "a watcher complained"
     return outcome

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from launcher.jobs.job_record import JobFolder, SupervisorState
 from megamodel.train.run_directory import RunDirectory
 from tests.system.launch.hosts import LaunchHosts
 
-_PATIENCE_SECONDS = 150.0
+_PATIENCE_SECONDS = 300.0
 
 
 @dataclass(kw_only=True)
@@ -79,7 +79,7 @@ class Launched:
                 raise AssertionError(f"{host} is not done\n{self.account()}") from None
         for host in self.hosts.names:
             # The watcher of a run is the last to go, once it has seen the ends of its ranks.
-            _, alive = psutil.wait_procs(self.hosts.processes(host), timeout=20.0)
+            _, alive = psutil.wait_procs(self.hosts.processes(host), timeout=60.0)
             assert not alive, [process.cmdline() for process in alive]
         return {host: process.returncode for host, process in self.nodes.items()}
 
@@ -92,7 +92,12 @@ class Launched:
 
     def ranks(self, host: str) -> list[psutil.Process]:
         """The processes of the ranks on a host."""
-        return [process for process in self.hosts.processes(host, "launcher", "train") if "RANK" in process.environ()]
+        found = []
+        for process in self.hosts.processes(host, "launcher", "train"):
+            with suppress(psutil.Error):  # gone since
+                if "RANK" in process.environ():
+                    found.append(process)
+        return found
 
     def figures(self) -> list[tuple[int, float, float]]:
         """(step, loss, gradient norm) of each step."""

@@ -27,7 +27,7 @@ from tests.system.slurm.launched import (
 )
 from tests.system.slurm.scenarios import SCENARIOS, Harm, Scenario, mend, small_disk
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

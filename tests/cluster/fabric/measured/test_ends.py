@@ -11,8 +11,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import pytest
-
 from tests.requirements import mpirun, requires
 
 _LIMIT_S = 150.0
@@ -63,7 +61,6 @@ def test_a_rank_that_dies_in_a_measurement_is_named_and_all_others_end() -> None
 
 
 @requires("mpi")
-@pytest.mark.timeout(200)
 def test_mpi_measures_the_same_things() -> None:
     program = mpirun()
     assert program is not None
