@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.launcher.goodput.story import COMPILE_S, STEP_S, Story
 
 _RECORDS_S = 0.02
 """What the writing of records may take."""
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Story:
+    """A run that has made its first seven steps, and saved the fifth."""
+    story = Story(root=tmp_path / "run")
+    story.launched()
+    story.attempts()
+    story.loads()
+    story.trains(7)
+    return story
 
 
 def goes_on(story: Story) -> float:
