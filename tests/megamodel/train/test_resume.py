@@ -15,7 +15,7 @@ from megamodel.errors import RefusedError
 from megamodel.train.config import TrainConfig
 from megamodel.train.job import TrainingJob, TrainingResult
 from megamodel.train.restore import restore_decoder
-from megamodel.train.run_directory import RunDirectory
+from megamodel.train.run_directory import RunDirectory, seconds_of
 from megamodel.train.step import StepResult, TrainStep
 from parallel.world import World
 from tests.gloo_pool import GlooPool, RankFailureError
@@ -149,13 +149,15 @@ def test_a_corrupt_newest_checkpoint_is_reported_and_the_one_before_is_taken(
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(bytes(data))
+    lost = [line for line in run.read_metrics() if line["step"] > 4]
     gloo_ranks(1, train_job, job)
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "corrupt_checkpoint"] == [6]
     assert [event["step"] for event in events if event["event"] == "resume"] == [4]
     (rollback,) = [event for event in events if event["event"] == "rollback"]
     assert (rollback["from_step"], rollback["to_step"], rollback["lost_steps"]) == (6, 4, 2)
-    assert 0.0 < rollback["lost_seconds"] <= rollback["until"] - rollback["since"] + 0.1
+    assert rollback["lost_seconds"] == pytest.approx(sum(map(seconds_of, lost)))
+    assert (rollback["since"], rollback["until"]) == (lost[0]["time"] - seconds_of(lost[0]), lost[-1]["time"])
     assert rollback["message"].startswith("2 step(s) after step 4 had been made and not saved; they are made again (")
     names = [event["event"] for event in events]
     assert names.index("rollback") < names.index("resume")
