@@ -57,9 +57,10 @@ def test_kill_9_of_a_rank_under_every_style(undisturbed: Run, style: str) -> Non
     victim, parallel = STYLES[style]
     run = _run(undisturbed.root, style, RANKS, *parallel)
     with run.started() as process:
-        run.wait_until(process, lambda: bool(run.steps_of("checkpoint")))
-        ranks = ranks_of(process)
+        run.wait_until(process, lambda: bool(run.figures()))
+        ranks = ranks_of(process)  # now, since to look for them takes steps
         assert sorted(ranks) == list(range(RANKS))
+        run.wait_until(process, lambda: bool(run.steps_of("checkpoint")))
         ranks[victim].send_signal(signal.SIGKILL)
         assert process.wait(timeout=_PATIENCE_SECONDS) == 1, run.said
         _, alive = psutil.wait_procs(list(ranks.values()), timeout=_PATIENCE_SECONDS)

@@ -150,7 +150,7 @@ class LaunchedRun:
         return found
 
     def wait_until(
-        self, ready: Callable[[], bool], *, seconds: float = 120.0, what: str = "what was waited for"
+        self, ready: Callable[[], bool], *, seconds: float = 240.0, what: str = "what was waited for"
     ) -> None:
         """Looks until it is `ready`; fails, with all that is known, where that takes longer or the job has ended before."""
         deadline = time.monotonic() + seconds
@@ -165,7 +165,7 @@ class LaunchedRun:
         """Until that step is done."""
         self.wait_until(lambda: len(self.figures()) >= step, what=f"step {step}")
 
-    def wait_for_end(self, *, seconds: float = 240.0) -> SupervisorState:
+    def wait_for_end(self, *, seconds: float = 400.0) -> SupervisorState:
         """Until the supervisor says that the run has finished or failed."""
 
         def has_ended() -> bool:
