@@ -111,7 +111,6 @@ def test_a_step_is_asked_to_end(fake_slurm: FakeSlurm, tmp_path: Path) -> None:
 def test_a_step_that_stays_is_killed_even_where_slurm_is_silent(
     fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slurm, "_ASK_SECONDS", 0.5)
     monkeypatch.setattr(slurm, "_KILL_SECONDS", 0.5)
     case = Case(tmp_path)
     fake_slurm.program("srun", 'case "$*" in *guard*) exit 0;; esac; trap "" TERM; touch "$FAKE/up"; exec sleep 1000')
@@ -136,7 +135,7 @@ def guarded(fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Whose guards stay until they are ended."""
     monkeypatch.setattr(slurm, "_GUARD_SECONDS", 0.02)
     fake_slurm.program("sinfo", r'printf "n1|mixed\nn2|mixed\nn3|mixed\nn4|mixed\n"')
-    fake_slurm.program("srun", 'case "$*" in *guard*) env > "$FAKE/env"; exec sleep 1000;; esac')
+    fake_slurm.program("srun", 'case "$*" in *guard*) env > "$FAKE/env.new"; mv "$FAKE/env.new" "$FAKE/env"; exec sleep 1000;; esac')
     fake_slurm.job()
     case = Case(tmp_path, SLURM_GPUS_PER_NODE="8")
     yield case
@@ -162,8 +161,10 @@ def test_guards_are_on_other_hosts_and_no_more_than_two(fake_slurm: FakeSlurm, g
         assert "--nodes=2 --nodelist=n[3-4] --ntasks=2" in guards(fake_slurm)[0]
         assert "--gres=none" in guards(fake_slurm)[0]
         assert guards(fake_slurm)[0].endswith(f"launcher.jobs.slurm.guard {guarded.run.root} 50")
-        await until(lambda: "SLURM_JOB_ID=7\n" in (fake_slurm.folder / "env").read_text())
-        assert "SLURM_GPU" not in (fake_slurm.folder / "env").read_text()
+        await until((fake_slurm.folder / "env").exists)
+        environment = (fake_slurm.folder / "env").read_text()
+        assert "SLURM_JOB_ID=7\n" in environment
+        assert "SLURM_GPU" not in environment
         looks = len(fake_slurm.calls("sinfo"))
         await start_on(guarded, "n1", "n2", "n3", "n4")
         await until(lambda: len(fake_slurm.calls("sinfo")) > looks)

@@ -80,13 +80,13 @@ def test_stragglers_and_what_is_over_end_nothing(tmp_path: Path) -> None:
         mark("told")
         wait_for("go")
         """,
-        launch="end_hangs_after_seconds = 0.3",
+        launch="end_hangs_after_seconds = 2.0",
     )
     seen = []
 
     async def watch() -> None:
         await job.wait_for("told-0-1")
-        for number in range(2, 40):
+        for number in range(2, 125):
             job.run.append_metrics({"step": number})
             await asyncio.sleep(0.02)
         seen.append(is_running(job.pid(0)))
