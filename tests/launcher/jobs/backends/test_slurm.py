@@ -135,7 +135,8 @@ def guarded(fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Whose guards stay until they are ended."""
     monkeypatch.setattr(slurm, "_GUARD_SECONDS", 0.02)
     fake_slurm.program("sinfo", r'printf "n1|mixed\nn2|mixed\nn3|mixed\nn4|mixed\n"')
-    fake_slurm.program("srun", 'case "$*" in *guard*) env > "$FAKE/env.new"; mv "$FAKE/env.new" "$FAKE/env"; exec sleep 1000;; esac')
+    guard = 'env > "$FAKE/env.new"; mv "$FAKE/env.new" "$FAKE/env"; exec sleep 1000'
+    fake_slurm.program("srun", f'case "$*" in *guard*) {guard};; esac')
     fake_slurm.job()
     case = Case(tmp_path, SLURM_GPUS_PER_NODE="8")
     yield case
