@@ -75,7 +75,8 @@ class JobInfo:
     batch_host: str
     """Of the batch script."""
     ends_at: float
-    """When SLURM ends it by force: its time limit, or the end of its grace time; in seconds since 1970, inf: not known."""
+    """When SLURM ends it by force: its time limit, or the end of its grace time; in seconds since 1970; inf: not known,
+    as of a job without a limit, be it in its grace time."""
     is_preempted: bool
     """Whether others shall have its hosts, and it is in its grace time."""
 

@@ -99,7 +99,15 @@ class Supervised:
         (root / "supervisor.py").write_text(first + _SUPERVISOR)
         self.folder = JobFolder(RunDirectory(root))
         self.folder.root.mkdir()
-        options = [f"--nodes={hosts}", f"--ntasks-per-node={tasks}", "--exclusive", "--no-kill", "--requeue"]
+        # Of a job without a limit SLURM does not always say when its grace time ends.
+        options = [
+            f"--nodes={hosts}",
+            f"--ntasks-per-node={tasks}",
+            "--exclusive",
+            "--no-kill",
+            "--requeue",
+            "--time=120",
+        ]
         command = (sys.executable, str(root / "supervisor.py"), str(root), mpi)
         self.job = slurm.submit(*command, options=options, env={"OMP_NUM_THREADS": "1"}, cwd=Path.cwd())
 
