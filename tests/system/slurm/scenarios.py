@@ -49,7 +49,7 @@ class Scenario:
     requeues: Sequence[str] = ()
     """Reasons of the launcher's own requeues that must be, in order."""
     starts: int = 1
-    """How often SLURM must have started the job."""
+    """How often SLURM must have started the job at least: a lost host may need another start besides."""
     repeats: bool = False
     """Whether the last requeue, and a start with it, may come again: SLURM looks at limits twice a minute, and where it is
     unlucky or busy a start ends before the run does."""
