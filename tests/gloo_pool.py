@@ -127,8 +127,13 @@ class GlooPool:
                 try:
                     answers[rank] = connection.recv()
                 except (EOFError, ConnectionError):
-                    self._workers[rank].process.join()
-                    answers[rank] = _Answer(failure=f"died (exit code {self._workers[rank].process.exitcode})")
+                    worker = self._workers[rank]
+                    worker.process.join()
+                    stacks = worker.stacks.read_text()
+                    answers[rank] = _Answer(
+                        failure=f"died (exit code {worker.process.exitcode})"
+                        + (f"; it was here:\n{stacks}" if stacks else "")
+                    )
                     died.append(rank)
                 if answers[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
@@ -163,6 +168,7 @@ def _serve(connection: Connection, stacks: str) -> None:
     torch.set_num_threads(1)
     with open(stacks, "w") as file:
         faulthandler.register(_STACKS_SIGNAL, file=file, all_threads=True, chain=True)
+        faulthandler.enable(file=file)
         connection.send("ready")
         while True:
             try:
