@@ -43,7 +43,7 @@ def test_workers_are_used_again_in_worlds_of_any_size(gloo_ranks: GlooPool) -> N
     [
         ("raise", "KeyError: 'what the rank has to say'", (), 60.0),
         ("die", "rank 1 died (exit code -9)", (1,), 60.0),
-        ("abort", "in misbehave", (1,), 60.0),
+        ("abort", "Fatal Python error: Aborted", (1,), 60.0),
         # By then both are there, on a busy machine too: they begin with the import of this file.
         ("hang", "in misbehave", (), 10.0),
     ],
