@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.gloo_pool import GlooPool, RankFailureError
+from tests.gloo_pool import GlooPool
 from tests.parity import cases
 from tests.parity.harness import Case, Trace, alone_without_ties, compare, run_case
 from tests.requirements import requires
@@ -40,22 +39,10 @@ def check(gloo_ranks: GlooPool, known: dict[str, Any]) -> Check:
         if key not in known:
             known[key] = alone_without_ties(run_alone, case.alone())
         settled, alone = known[key]
-        traces = _traces(gloo_ranks, case.seeded(settled.seed))
+        traces = gloo_ranks(case.ranks, run_case, case.seeded(settled.seed), timeout_s=_SECONDS)
         assert not (problems := compare(traces, alone)), f"{case.seeded(settled.seed)}:\n" + "\n".join(problems)
 
     return run
-
-
-def _traces(gloo_ranks: GlooPool, case: Case) -> list[Trace]:
-    """Once in some thousand cases glibc has ended a rank for a corrupt heap ("unaligned tcache chunk"), whose cause neither
-    valgrind nor AddressSanitizer shows. The case is run once more, on new processes, and a warning has the rank's account."""
-    try:
-        return gloo_ranks(case.ranks, run_case, case, timeout_s=_SECONDS)
-    except RankFailureError as error:
-        if not error.died:
-            raise
-        warnings.warn(f"a rank died, and {case} was run once more:\n{error}", stacklevel=2)
-        return gloo_ranks(case.ranks, run_case, case, timeout_s=_SECONDS)
 
 
 @pytest.fixture
@@ -121,20 +108,3 @@ def test_the_comparison_sees_a_wrong_gradient(gloo_ranks: GlooPool) -> None:
     wrong = {**alone.gradients, name: [offsets, shape, values * 1.001]}
     found = compare([Trace(**{**vars(alone), "gradients": wrong})], alone)
     assert [name in problem and "gradients" in problem for problem in found] == [True]
-
-
-@pytest.mark.parametrize("died", [(1,), ()])
-def test_a_case_whose_rank_died_is_run_once_more_and_told(died: tuple[int, ...]) -> None:
-    failures = [RankFailureError("rank 1 died (exit code -6)", died)]
-
-    def pool(*_: Any, **__: Any) -> list[Trace]:
-        if failures:
-            raise failures.pop()
-        return []
-
-    if not died:
-        with pytest.raises(RankFailureError):
-            _traces(pool, Case())  # type: ignore[arg-type]
-        return
-    with pytest.warns(UserWarning, match="run once more:\nrank 1 died"):
-        assert _traces(pool, Case()) == []  # type: ignore[arg-type]
